@@ -1,0 +1,62 @@
+"""GPT-2, OPT and GPT-NeoX: LayerNorm, biases, an MLP without a gate."""
+
+from decoct.arch.parts import attention
+from decoct.arch.schema import Config, Family, Norm, Slot
+
+
+def _gpt2(_: Config) -> tuple[Slot, ...]:
+    """GPT-2 stores its matrices [in, out] (Conv1D)."""
+    return (
+        Slot("attn.c_attn.weight", "attn.qkv", "attn_in", "qkv", transposed=True),
+        Slot("attn.c_proj.weight", "attn.o", "attn_mid", "resid", transposed=True),
+        Slot("mlp.c_fc.weight", "mlp.up", "mlp_in", "mlp_mid", transposed=True),
+        Slot("mlp.c_proj.weight", "mlp.down", "mlp_mid", "resid", transposed=True),
+    )
+
+
+def _opt(_: Config) -> tuple[Slot, ...]:
+    return (
+        *attention(out="out_proj"),
+        Slot("fc1.weight", "mlp.up", "mlp_in", "mlp_mid"),
+        Slot("fc2.weight", "mlp.down", "mlp_mid", "resid"),
+    )
+
+
+def _gpt_neox(_: Config) -> tuple[Slot, ...]:
+    return (
+        Slot("attention.query_key_value.weight", "attn.qkv", "attn_in", "qkv"),
+        Slot("attention.dense.weight", "attn.o", "attn_mid", "resid"),
+        Slot("mlp.dense_h_to_4h.weight", "mlp.up", "mlp_in", "mlp_mid"),
+        Slot("mlp.dense_4h_to_h.weight", "mlp.down", "mlp_mid", "resid"),
+    )
+
+
+GPT2 = Family(
+    "gpt2",
+    ("gpt2",),
+    _gpt2,
+    (Norm("ln_1.weight", "attn_in"), Norm("ln_2.weight", "mlp_in")),
+    blocks="transformer.h",
+    embed="transformer.wte.weight",
+    num_blocks_key="n_layer",
+    base_prefix="transformer.",
+)
+OPT = Family(
+    "opt",
+    ("opt",),
+    _opt,
+    (Norm("self_attn_layer_norm.weight", "attn_in"), Norm("final_layer_norm.weight", "mlp_in")),
+    blocks="model.decoder.layers",
+    embed="model.decoder.embed_tokens.weight",
+)
+GPT_NEOX = Family(
+    "gpt_neox",
+    ("gpt_neox",),
+    _gpt_neox,
+    (Norm("input_layernorm.weight", "attn_in"), Norm("post_attention_layernorm.weight", "mlp_in")),
+    blocks="gpt_neox.layers",
+    embed="gpt_neox.embed_in.weight",
+    head="embed_out.weight",
+    renames=(("embed_out.", "lm_head."),),
+    base_prefix="gpt_neox.",
+)

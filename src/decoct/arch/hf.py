@@ -1,0 +1,201 @@
+"""The only door to transformers' modules: a skeleton without weights, through which blocks run one at a time.
+
+Parameters live on the meta device; every call gets its tensors by name (`torch.func.functional_call`), so the
+mathematics of an architecture is transformers' own and a model of any size costs a few megabytes here.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from decoct.arch.schema import Config, Family, Slot
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to one block beside the hidden states: masks, position embeddings and the like."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class _Tape:
+    """What the relays saw, and what the last of them should answer instead of its input."""
+
+    calls: list[BlockCall] = field(default_factory=list)
+    first_hidden: Tensor | None = None
+    injected: Tensor | None = None
+
+
+class _Relay(nn.Module):
+    """Stands where a block stands: notes how it was called and passes the hidden states on."""
+
+    def __init__(self, tape: _Tape, *, last: bool) -> None:
+        super().__init__()
+        self._tape, self._last = tape, last
+
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        tape = self._tape
+        if not tape.calls:
+            tape.first_hidden = hidden
+        tape.calls.append(BlockCall(args, kwargs))
+        return tape.injected if self._last and tape.injected is not None else hidden
+
+
+class Skeleton:
+    """A causal language model of transformers, without weights.
+
+    Attributes:
+        blocks: the real blocks, on the meta device.
+    """
+
+    def __init__(self, config: Config, family: Family) -> None:
+        """Build from a config.json.
+
+        Raises:
+            ValueError: transformers does not accept the config.
+        """
+        self.family = family
+        self._model = _empty_model(config)
+        layers = self._model.get_submodule(family.blocks)
+        assert isinstance(layers, nn.ModuleList)
+        self.blocks: list[nn.Module] = list(layers)
+        self._tape = _Tape()
+        for i in range(len(layers)):
+            layers[i] = _Relay(self._tape, last=i == len(layers) - 1)
+        self._base_prefix = f"{self._model.base_model_prefix}."
+        self._hidden_size = int(self._model.get_input_embeddings().weight.shape[1])
+
+    def embed(self, tokens: Int[Tensor, "batch seq"], rest: Tensors) -> Float[Tensor, "batch seq hidden"]:
+        """Hidden states that enter the first block. `rest`: the tensors outside the blocks, by module name."""
+        self._run_base(rest, {"input_ids": tokens})
+        hidden = self._tape.first_hidden
+        assert hidden is not None
+        return hidden
+
+    def block_calls(self, shape: tuple[int, int], dtype: torch.dtype, rest: Tensors) -> list[BlockCall]:
+        """How the model calls each of its blocks on a batch of `shape` (sequences, tokens) without padding."""
+        embeds = torch.zeros(*shape, self._hidden_size, dtype=dtype)
+        self._run_base(rest, {"inputs_embeds": embeds})
+        return self._tape.calls
+
+    def run_block(
+        self, index: int, tensors: Tensors, hidden: Float[Tensor, "batch seq hidden"], call: BlockCall
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """One block's output. `tensors`: its parameters, by name within the block."""
+        out = functional_call(self.blocks[index], dict(tensors), (hidden, *call.args), call.kwargs)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    def head(self, hidden: Float[Tensor, "batch seq hidden"], rest: Tensors) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the last block's output: final norm, projection, soft caps as the model has them."""
+        self._tape.calls.clear()
+        self._tape.injected = hidden
+        try:
+            inputs = {"inputs_embeds": hidden, "use_cache": False}
+            out = functional_call(self._model, dict(rest), (), inputs)
+        finally:
+            self._tape.injected = None
+        return cast(Tensor, out.logits)
+
+    def head_module(self) -> nn.Module:
+        """The output projection, whose input is the edge "final"."""
+        return self._model.get_submodule(self.family.module_name(self.family.head).removesuffix(".weight"))
+
+    def block_parameters(self, index: int) -> set[str]:
+        """Names of the parameters that `run_block` needs."""
+        return {name for name, _ in self.blocks[index].named_parameters()}
+
+    def _run_base(self, rest: Tensors, inputs: dict[str, Tensor]) -> None:
+        self._tape.calls = []
+        base = {name.removeprefix(self._base_prefix): t for name, t in rest.items()}
+        functional_call(self._model.base_model, base, (), {**inputs, "use_cache": False})
+
+
+def _empty_model(config: Config) -> Any:  # noqa: ANN401 - transformers' model classes are untyped
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    settings = {k: v for k, v in config.items() if k not in {"quantization_config", "model_type"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about generation settings; nothing is generated from a skeleton
+        hf_config = AutoConfig.for_model(config["model_type"], **settings)
+        hf_config._experts_implementation = "eager"  # noqa: SLF001 - one expert after another, on any device
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(hf_config)
+    return model.eval()
+
+
+def module_tensors(family: Family, prefix: str, slots: tuple[Slot, ...], tensors: Tensors) -> dict[str, Tensor]:
+    """Lay a block's tensors out as transformers' module has them: renamed, transposed, experts fused.
+
+    Args:
+        family: the table.
+        prefix: the block's path with a trailing dot; stripped from the result.
+        slots: the block's slots.
+        tensors: by checkpoint name relative to the block; slots as [out, in].
+    """
+    by_name = {slot.name: slot for slot in slots}
+    fused: dict[str, dict[int, dict[int, Tensor]]] = {}
+    laid: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        slot = by_name.get(name)
+        if slot is not None and slot.param is not None and slot.expert is not None:
+            fused.setdefault(slot.param, {}).setdefault(slot.expert, {})[slot.half or 0] = tensor
+            continue
+        target = family.module_name(prefix + name).removeprefix(prefix)
+        laid[target] = tensor.T if slot is not None and slot.transposed else tensor
+    for param, experts in fused.items():
+        rows = [torch.cat([halves[h] for h in sorted(halves)]) for _, halves in sorted(experts.items())]
+        laid[param] = torch.stack(rows)
+    return laid
+
+
+def expert_inputs(
+    experts: nn.Module, arguments: tuple[Tensor, ...], expert: int
+) -> tuple[Float[Tensor, "tokens in"], Float[Tensor, "tokens mid"]]:
+    """What one expert's gate/up and down projections read, recomputed from a call of the fused experts module.
+
+    Args:
+        experts: the module, with its real tensors in place.
+        arguments: its call's (hidden states, chosen experts, their weights).
+        expert: which one.
+    """
+    hidden, chosen = arguments[0], arguments[1]
+    x = hidden[(chosen == expert).any(-1)]
+    gate_up = cast(Tensor, experts.gate_up_proj)[expert]
+    gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
+    activation = cast(nn.Module, experts.act_fn)
+    return x, activation(gate) * up
+
+
+def dense_model(config: Config, family: Family, tensors: Tensors) -> Any:  # noqa: ANN401 - transformers' model class
+    """transformers' own model holding these tensors (checkpoint names), whole and in memory: to generate text with."""
+    from transformers import GenerationConfig
+
+    model = _empty_model(config)
+    laid: dict[str, Tensor] = {}
+    for block in range(family.num_blocks(config)):
+        prefix = f"{family.blocks}.{block}."
+        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        untransposed = tuple(replace(slot, transposed=False) for slot in family.slots(config))
+        found = module_tensors(family, prefix, untransposed, mine)
+        laid.update({prefix + name: tensor for name, tensor in found.items()})
+    outside = {name: t for name, t in tensors.items() if not name.startswith(f"{family.blocks}.")}
+    laid.update({family.module_name(name): tensor for name, tensor in outside.items()})
+    model.load_state_dict(laid, strict=False, assign=True)
+    model.tie_weights()
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise ValueError(f"the checkpoint lacks the tensor {lacking[0]}")
+    model.generation_config = GenerationConfig()
+    return model

@@ -1,0 +1,25 @@
+"""Mixtral and Qwen3-MoE: each expert's matrices are slots of their own, the router is protected."""
+
+from decoct.arch.parts import PRE_NORMS, attention, experts, gated_mlp
+from decoct.arch.schema import Config, Family, Slot
+
+
+def _mixtral(config: Config) -> tuple[Slot, ...]:
+    router = Slot("block_sparse_moe.gate.weight", "moe.router", "mlp_in", "routing", protected=True)
+    names = ("w1", "w3", "w2")
+    return (*attention(), router, *experts("block_sparse_moe.experts.", names, int(config["num_local_experts"])))
+
+
+def _qwen3_moe(config: Config) -> tuple[Slot, ...]:
+    """Every layer is sparse, as in all published checkpoints; a config with dense layers is refused."""
+    if config.get("mlp_only_layers") or int(config.get("decoder_sparse_step", 1)) != 1:
+        raise ValueError("qwen3_moe with dense MLP layers (mlp_only_layers, decoder_sparse_step) is not supported")
+    count = int(config["num_experts"])
+    if count == 0:
+        return attention() + gated_mlp()
+    router = Slot("mlp.gate.weight", "moe.router", "mlp_in", "routing", protected=True)
+    return (*attention(), router, *experts("mlp.experts.", ("gate_proj", "up_proj", "down_proj"), count))
+
+
+MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, PRE_NORMS, renames=((".block_sparse_moe.", ".mlp."),))
+QWEN3_MOE = Family("qwen3_moe", ("qwen3_moe",), _qwen3_moe, PRE_NORMS)

@@ -1,0 +1,116 @@
+"""Architecture as data: the slots of a family, and everything that can be derived from what they read and write."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Config = Mapping[str, Any]
+"""A checkpoint's config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A matrix that methods may compress.
+
+    Attributes:
+        name: the tensor's name in the checkpoint, relative to its block (whole for embeddings and lm_head).
+        role: what it does, e.g. "attn.q", "mlp.down", "moe.gate": rules match on it.
+        reads: the edge its input comes from; slots that read one edge share their input statistics.
+        writes: the edge its output goes to.
+        transposed: the checkpoint stores [in, out] (GPT-2's Conv1D).
+        param: where transformers' module keeps it, if not under `name`: the fused tensor of all experts.
+        expert: which expert's slice of `param`.
+        half: 0 or 1 if it is the first or second half of that slice's rows (gate and up fused), else None.
+        protected: left alone unless a rule names its role outright: routers, embeddings, lm_head.
+    """
+
+    name: str
+    role: str
+    reads: str
+    writes: str
+    transposed: bool = False
+    param: str | None = None
+    expert: int | None = None
+    half: int | None = None
+    protected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation whose gain can take over a scale of the edge it writes.
+
+    Attributes:
+        name: the gain's tensor name, relative to its block.
+        writes: the edge it produces.
+        offset: the gain is (offset + weight): 1 for Gemma.
+    """
+
+    name: str
+    writes: str
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture family's table.
+
+    Attributes:
+        name: the family's name, as users know it.
+        model_types: values of config.json's `model_type` that it covers.
+        blocks: dotted path of the list of blocks, in the checkpoint and in the module alike.
+        slots: the slots of one block, from the config.
+        embed: full name of the token embedding.
+        head: full name of the output projection in the checkpoint.
+        norms: the norms of one block.
+        renames: (part of a checkpoint name, the same part in transformers' module), where the two differ.
+        num_blocks_key: the config's key for the number of blocks.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    slots: Callable[[Config], tuple[Slot, ...]]
+    norms: tuple[Norm, ...] = ()
+    blocks: str = "model.layers"
+    embed: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    renames: tuple[tuple[str, str], ...] = ()
+    num_blocks_key: str = "num_hidden_layers"
+    base_prefix: str = "model."
+
+    def num_blocks(self, config: Config) -> int:
+        """How many blocks a checkpoint has."""
+        return int(config[self.num_blocks_key])
+
+    def module_name(self, checkpoint_name: str) -> str:
+        """A tensor's name in transformers' module."""
+        for theirs, modules in self.renames:
+            checkpoint_name = checkpoint_name.replace(theirs, modules)
+        return checkpoint_name
+
+    def ends(self) -> tuple[Slot, Slot]:
+        """The two slots outside the blocks: token embedding and output projection."""
+        return (
+            Slot(self.embed, "embed", reads="tokens", writes="resid", protected=True),
+            Slot(self.head, "lm_head", reads="final", writes="logits", protected=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A value inside a block that several slots may read.
+
+    Attributes:
+        name: as slots spell it in `reads`.
+        readers: the slots that read it, in the table's order.
+    """
+
+    name: str
+    readers: tuple[Slot, ...] = field(default_factory=tuple)
+
+
+def edges(slots: tuple[Slot, ...]) -> dict[str, Edge]:
+    """The edges that a block's slots read, in execution order: one statistic each."""
+    readers: dict[str, list[Slot]] = {}
+    for slot in slots:
+        readers.setdefault(slot.reads, []).append(slot)
+    return {name: Edge(name, tuple(found)) for name, found in readers.items()}

@@ -1,0 +1,1 @@
+"""Two lifts and a chain, streamed block by block: plan, run, resume."""

@@ -1,0 +1,87 @@
+"""One block in memory, and the lifts that turn methods on matrices into steps on blocks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from decoct.arch import Slot
+from decoct.engine.rules import Method
+from decoct.methods import LinearMethod
+from decoct.weights import Weight
+
+Stats = Mapping[str, Mapping[type[Any], Any]]
+"""Statistics by edge and kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a step sees.
+
+    Attributes:
+        label: "block 3", "embedding" or "lm_head", for messages.
+        slots: by full name.
+        original: each slot's weight as it was when the block was loaded.
+        weights: each slot's weight as earlier steps left it.
+        stats: statistics of the inputs, by edge, then by kind.
+        starved: slots that no calibration token reached; their statistics are neutral ones.
+    """
+
+    label: str
+    slots: dict[str, Slot]
+    original: dict[str, Weight]
+    weights: dict[str, Weight]
+    stats: Stats = field(default_factory=dict)
+    starved: tuple[str, ...] = ()
+
+
+Step = Callable[[Block], dict[str, Weight]]
+"""Takes a block and gives new weights for some of its slots."""
+
+
+def each_linear(methods: Mapping[str, Method]) -> Step:
+    """Lift methods on single matrices to a block.
+
+    Args:
+        methods: by full slot name; slots of the block that are absent stay as they are.
+    """
+
+    def step(block: Block) -> dict[str, Weight]:
+        found: dict[str, Weight] = {}
+        for name, slot in block.slots.items():
+            method = methods.get(name)
+            if method is not None:
+                stat = None if method.stat is None else block.stats[slot.reads][method.stat]
+                found[name] = apply_method(method, block.weights[name], stat, block.original[name], name)
+        return found
+
+    return step
+
+
+def chain(*steps: Step) -> Step:
+    """Run steps one after another on the same block, each seeing what the ones before it made."""
+
+    def step(block: Block) -> dict[str, Weight]:
+        weights = dict(block.weights)
+        changed: dict[str, Weight] = {}
+        for each in steps:
+            seen = Block(block.label, block.slots, block.original, dict(weights), block.stats, block.starved)
+            new = each(seen)
+            weights.update(new)
+            changed.update(new)
+        return changed
+
+    return step
+
+
+def apply_method(method: Method, weight: Weight, stat: Any, original: Weight, name: str) -> Weight:  # noqa: ANN401
+    """Run one method on one weight; errors carry the slot's name.
+
+    Raises:
+        ValueError: whatever the method refuses.
+    """
+    try:
+        if isinstance(method, LinearMethod):
+            return method.compress(weight, stat)
+        return method.correct(weight, stat, original)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,96 @@
+"""How much memory and disk a run may take, and what this machine has."""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_HEADROOM = 0.8  # of the memory that is free when nobody stated a limit
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "8GiB", "500 MB" or a plain number.
+
+    Raises:
+        ValueError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write it as 8GiB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for people: 1.5 GiB, 83.1 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} TiB"
+
+
+class Budget(BaseModel):
+    """Limits of a run.
+
+    Attributes:
+        host: bytes of main memory the process may hold at its peak; None: four fifths of what is free.
+        scratch: folder for activations that do not fit in memory and for resuming; None: inside the output folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: int | None = Field(default=None, gt=0)
+    scratch: Path | None = None
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _size(cls, value: str | int | None) -> int | None:
+        return None if value is None else parse_size(value)
+
+    def host_limit(self) -> int:
+        """The limit in force, bytes."""
+        return self.host or int(resident_bytes() + _HEADROOM * psutil.virtual_memory().available)
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process ever held."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def compute_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Dtype for running blocks: bfloat16 where the model is in it and this machine multiplies it faster than float32."""
+    if model_dtype != torch.bfloat16:
+        return torch.float32
+    return torch.bfloat16 if _rate(torch.bfloat16) > 1.2 * _rate(torch.float32) else torch.float32
+
+
+def _rate(dtype: torch.dtype, size: int = 768) -> float:
+    """Multiply-adds a second, the best of a few short products."""
+    a = torch.randn(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return size**3 / best
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second that large matrix products reach on this machine, for time estimates."""
+    return 2 * _rate(dtype, 1536)

@@ -1,0 +1,258 @@
+"""A recipe's stages, one after another, each resumable; at the end a checkpoint that is whole or is not there."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from decoct.engine.budget import Budget, peak_resident_bytes
+from decoct.engine.data import Data, load_tokens, tokens_digest
+from decoct.engine.journal import Journal, exclusive
+from decoct.engine.plan import Plan, make_plan
+from decoct.engine.rules import Rule
+from decoct.engine.stream import Event, OnEvent, Pass, run_pass
+from decoct.engine.write import finish_folder
+from decoct.model import Model, open_model
+from decoct.store import MANIFEST, FolderSource, read_json, save_safetensors
+from decoct.version import __version__
+
+RUN_FOLDER = ".run"
+"""Inside the output folder while a run is unfinished: journal, shards, activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStage:
+    """A streamed pass over the blocks.
+
+    Attributes:
+        steps: the rules of each step; all steps run on a block while it is in memory.
+        description: the stage as the recipe spells it.
+    """
+
+    steps: tuple[tuple[Rule, ...], ...]
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that `compress_job` needs.
+
+    Attributes:
+        model: what to compress.
+        stages: in order.
+        data: calibration.
+        budget: limits.
+        out: output folder.
+        fresh: discard what an unfinished run, or an earlier result of decoct, left there.
+    """
+
+    model: Model
+    stages: tuple[BlocksStage, ...]
+    data: Data
+    budget: Budget
+    out: Path
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Where progress goes.
+
+    Attributes:
+        message: told one line at a time.
+        planned: told each stage's plan before it runs.
+        event: told of every finished part.
+    """
+
+    message: Callable[[str], None] = field(default=lambda _: None)
+    planned: Callable[[Plan], None] = field(default=lambda _: None)
+    event: OnEvent = field(default=lambda _: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        folder: the checkpoint.
+        nbytes: bytes of its tensors.
+        bits_per_weight: everything counted.
+        seconds: of this process; a resumed run counts from the resumption.
+        peak_bytes: most memory that the process held.
+        errors: relative squared error of each part that was compressed, by part, of the last stage.
+        starved: slots that no calibration token reached; they were compressed without data.
+    """
+
+    folder: Path
+    nbytes: int
+    bits_per_weight: float
+    seconds: float
+    peak_bytes: int
+    errors: dict[str, float]
+    starved: tuple[str, ...]
+
+
+def compress_job(job: Job, watch: Watch) -> Result:
+    """Run a job, or go on with it where an earlier process stopped.
+
+    Raises:
+        ValueError: anything the user can mend; one line that says what to do.
+    """
+    started = time.perf_counter()
+    run = job.out / RUN_FOLDER
+    _check_output(job, run)
+    plan = make_plan(job.model, job.stages[0].steps, job.data, job.budget, job.out)
+    with exclusive(run):
+        _check_source(job.model, thorough=plan.needs_data)
+        events: list[Event] = []
+        model = job.model
+        tokens: Tensor | None = None
+        for number, stage in enumerate(job.stages):
+            last = number == len(job.stages) - 1
+            if number > 0:
+                plan = make_plan(model, stage.steps, job.data, job.budget, job.out)
+            watch.planned(plan)
+            if plan.needs_data and tokens is None:
+                tokens = _tokens(job, run, watch)
+            staged = run / f"stage-{number}"
+            events.clear()
+            entry = _run_stage(job, stage, plan, model, tokens if plan.needs_data else None, staged, watch, events)
+            folder = job.out if last else run / f"result-{number}"
+            finish_folder(model, staged, folder, _shards(staged), entry)
+            model = open_model(folder)
+        _write_summary(job, events, started)
+    shutil.rmtree(run)
+    return Result(
+        folder=job.out,
+        nbytes=model.nbytes,
+        bits_per_weight=model.bits_per_weight,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_resident_bytes(),
+        errors={event.part: event.error for event in events if event.error is not None},
+        starved=tuple(name for event in events for name in event.starved),
+    )
+
+
+def _run_stage(
+    job: Job,
+    stage: BlocksStage,
+    plan: Plan,
+    model: Model,
+    tokens: Int[Tensor, "sequences length"] | None,
+    staged: Path,
+    watch: Watch,
+    events: list[Event],
+) -> dict[str, Any]:
+    """Stream one stage into `staged`; gives its entry in the lineage."""
+    entry = {
+        "decoct": __version__,
+        "source": {"label": Path(model.source.label).name, "fingerprint": _short(model.source.fingerprint())},
+        "stage": stage.description,
+        "data": None if tokens is None else {**job.data.model_dump(), "tokens": tokens_digest(tokens)},
+        "compute_dtype": str(plan.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    if tokens is not None:
+        assert entry["data"] is not None
+        entry["data"]["source"] = Path(job.data.source).name if Path(job.data.source).exists() else job.data.source
+
+    def note(event: Event) -> None:
+        events.append(event)
+        watch.event(event)
+
+    scratch = staged if job.budget.scratch is None else job.budget.scratch / _short(str(job.out.absolute()))
+    scratch.mkdir(parents=True, exist_ok=True)
+    todo = Pass(
+        model=model,
+        assignments=plan.assignments,
+        tokens=tokens,
+        dtype=plan.dtype,
+        in_memory=plan.in_memory,
+        folder=staged,
+        scratch=scratch,
+        journal=Journal(staged, entry),
+        on_event=note,
+    )
+    run_pass(todo)
+    if scratch != staged:
+        shutil.rmtree(scratch)
+    return entry
+
+
+def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:
+    """Calibration tokens, saved with the run so that a resumed one has the same."""
+    path = run / "tokens.safetensors"
+    key = _short(json.dumps(job.data.model_dump(), sort_keys=True) + job.model.source.fingerprint())
+    if path.exists():
+        from decoct.store import open_safetensors
+
+        saved = open_safetensors(path)
+        if saved.metadata.get("key") == key:
+            return saved.read("tokens")
+    tokens = load_tokens(job.data, job.model, watch.message)
+    save_safetensors(path, {"tokens": tokens}, {"key": key})
+    return tokens
+
+
+def _check_output(job: Job, run: Path) -> None:
+    """Refuse to write over anything that is not ours to finish."""
+    out = job.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a folder for the result")
+    source = job.model.source
+    if isinstance(source, FolderSource) and out.exists() and out.samefile(source.folder):
+        raise ValueError(f"{out} is the model itself; choose another folder for the result")
+    finished = (out / MANIFEST).exists()
+    if job.fresh and (finished or run.exists()):
+        shutil.rmtree(out if finished else run)
+    elif finished and not run.exists():
+        raise ValueError(f"{out} already holds a finished model; choose another folder, or add --fresh to replace it")
+    elif out.exists() and not run.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no run of decoct; choose another folder")
+
+
+def _check_source(model: Model, *, thorough: bool) -> None:
+    """Find damage before hours are spent: checksums where there are any, NaN before a long run."""
+    if isinstance(model.source, FolderSource):
+        model.source.verify()
+    if not thorough:
+        return
+    for name in model.source.names():
+        tensor = model.source.read(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            raise ValueError(f"{model.source.label}: {name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def _shards(staged: Path) -> dict[str, str]:
+    lines = (staged / "journal.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    entries = [json.loads(line) for line in lines]
+    return dict(sorted((entry["shard"], entry["sha256"]) for entry in entries))
+
+
+def _write_summary(job: Job, events: list[Event], started: float) -> None:
+    """Times and memory, apart from the checkpoint's own files: those are the same bits however often it was resumed."""
+    lines = [
+        {"part": e.part, "error": e.error, "seconds": round(e.seconds, 3), "nbytes": e.nbytes, "starved": list(e.starved)}
+        for e in events
+    ]
+    from decoct.store import write_json
+
+    summary = {"seconds": round(time.perf_counter() - started, 1), "peak_bytes": peak_resident_bytes(), "parts": lines}
+    write_json(job.out / "decoct-run.json", summary)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """decoct-run.json of a finished checkpoint: seconds, peak memory, each part's error."""
+    return dict(read_json(folder / "decoct-run.json"))

@@ -1,0 +1,107 @@
+"""What a run has finished, line by line on disk: killed anywhere, the same command goes on where it was."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from decoct.store import sha256
+
+_NAME = "journal.jsonl"
+
+
+class Journal:
+    """An append-only list of finished parts; the first line says which run they belong to."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Open or start the journal of a run.
+
+        Args:
+            folder: where it lies.
+            identity: everything that determines the result (recipe, source, tokens, …).
+
+        Raises:
+            ValueError: the folder holds an unfinished run with another identity.
+        """
+        self._path = folder / _NAME
+        self._folder = folder
+        self.parts: dict[str, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = _whole_lines(self._path)
+        if not lines:
+            self._path.unlink(missing_ok=True)
+            self._append({"identity": identity})
+            return
+        before = lines[0].get("identity", {})
+        if before != identity:
+            changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+            raise ValueError(
+                f"{folder.parent} holds an unfinished run with another {', '.join(changed)}; repeat the first command "
+                "to finish it, add --fresh to discard it, or choose another output folder"
+            )
+        for line in lines[1:]:
+            self.parts[line["part"]] = line
+        self._rewrite(lines)
+
+    def finished(self, part: str) -> dict[str, Any] | None:
+        """A finished part's line, its shard checked against the checksum; None if it must be done (again)."""
+        line = self.parts.get(part)
+        if line is None:
+            return None
+        shard = self._folder / line["shard"]
+        return line if shard.exists() and sha256(shard) == line["sha256"] else None
+
+    def finish(self, part: str, shard: Path, **details: Any) -> None:  # noqa: ANN401 - JSON values
+        """Note that a part's shard is safely on disk."""
+        line = {"part": part, "shard": shard.name, "sha256": sha256(shard), **details}
+        self.parts[part] = line
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        """Drop a last line that a crash cut short."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        if self._path.read_text(encoding="utf-8") != text:
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self._path)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another decoct process is writing to {folder.parent}; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # cut short by a crash: what follows was never written
+    return lines

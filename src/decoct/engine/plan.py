@@ -1,0 +1,279 @@
+"""What a recipe will do and take, before anything runs: which method meets which slot, memory, disk, time."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from decoct.engine.block import apply_method
+from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
+from decoct.engine.data import Data
+from decoct.engine.rules import Assignment, Method, Rule, assign
+from decoct.methods import LinearCorrection
+from decoct.model import Model
+from decoct.store import free_bytes
+from decoct.weights import Dense, Weight
+
+_FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
+_TOKENS_AT_ONCE = 4096
+_MARGIN = 1.1  # allocators keep some of what was freed
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Slots of one role that get the same treatment."""
+
+    role: str
+    count: int
+    parameters: int
+    methods: tuple[Method, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe's stage, resolved against a model and a machine.
+
+    Attributes:
+        assignments: one for each step.
+        groups: what happens, by role; groups without methods are left alone.
+        num_parameters: the model's.
+        needs_data: whether any method needs calibration tokens.
+        dtype: what blocks run in.
+        in_memory: whether activations stay in memory.
+        peak_bytes: predicted peak of the process's memory.
+        limit_bytes: what the budget allows.
+        output_bytes: predicted size of the result.
+        scratch_bytes: most that activations take on disk at a time.
+        seconds: a rough estimate.
+        bits_per_weight: predicted, over all parameters.
+    """
+
+    assignments: tuple[Assignment, ...]
+    groups: tuple[Group, ...]
+    num_parameters: int
+    needs_data: bool
+    dtype: torch.dtype
+    in_memory: bool
+    peak_bytes: int
+    limit_bytes: int
+    output_bytes: int
+    scratch_bytes: int
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Predicted bits for each parameter, everything counted."""
+        return 8 * self.output_bytes / self.num_parameters
+
+
+def make_plan(model: Model, steps: tuple[tuple[Rule, ...], ...], data: Data, budget: Budget, out: Path | None) -> Plan:
+    """Resolve one streamed pass and predict what it takes.
+
+    Args:
+        model: what to compress.
+        steps: each step's rules.
+        data: calibration.
+        budget: limits.
+        out: output folder, to look at its disk; None: not looked at.
+
+    Raises:
+        ValueError: a rule that matches nothing, shapes or methods that do not fit together, or too little memory or
+            disk; each says what to do.
+    """
+    assignments = tuple(assign(model, rules) for rules in steps)
+    chains = _chains(model, assignments)
+    _check_shapes(model, chains)
+    densities = {methods: _rehearse(methods) for methods in set(chains.values()) if methods}
+    needs_data = any(method.stat is not None for methods in chains.values() for method in methods)
+    dtype = compute_dtype(model.dtype) if needs_data else model.dtype
+    activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
+    working = _peak_part(model, chains, dtype, needs_data)
+    limit = budget.host_limit()
+    base = resident_bytes() + _FIXED
+    in_memory = int(_MARGIN * (base + activations + working)) <= limit
+    peak = int(_MARGIN * (base + working + (activations if in_memory else 0)))
+    if peak > limit:
+        raise ValueError(_too_large(model, peak, limit, working))
+    output = _output_bytes(model, chains, densities)
+    scratch = 2 * activations
+    if out is not None:
+        _check_disk(out, output, budget.scratch, scratch)
+    return Plan(
+        assignments=assignments,
+        groups=_groups(model, chains),
+        num_parameters=model.num_parameters,
+        needs_data=needs_data,
+        dtype=dtype,
+        in_memory=in_memory,
+        peak_bytes=peak,
+        limit_bytes=limit,
+        output_bytes=output,
+        scratch_bytes=scratch,
+        seconds=_seconds(model, chains, data if needs_data else None, dtype),
+    )
+
+
+Chains = dict[str, tuple[Method, ...]]
+
+
+def _chains(model: Model, assignments: tuple[Assignment, ...]) -> Chains:
+    """Each slot's methods over all steps, in order."""
+    return {
+        name: tuple(a.methods[name] for a in assignments if name in a.methods) for name in model.slots()
+    }
+
+
+def _check_shapes(model: Model, chains: Chains) -> None:
+    for name, methods in chains.items():
+        out, cols = model.shape(name)
+        leaves: list[tuple[int, int]] = [(out, cols)]
+        if methods and name == model.family.embed and any(m.stat is not None for m in methods):
+            raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
+        if methods and isinstance(methods[0], LinearCorrection) and name not in model.described:
+            raise ValueError(f"{name}: a correction needs an earlier step that compresses; there is nothing to correct")
+        for method in methods:
+            for leaf in leaves:
+                try:
+                    method.check(leaf)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+            leaves = [found for leaf in leaves for found in method.leaves(leaf)]
+
+
+def _rehearse(methods: tuple[Method, ...]) -> float:
+    """Run a chain on a small random matrix: refusals show now, not after hours. Gives its bits per weight.
+
+    Raises:
+        ValueError: a method cannot follow the ones before it.
+    """
+    shape = next(shape for shape in _rehearsal_shapes() if _fits(methods, shape))
+    generator = torch.Generator().manual_seed(0)
+    original: Weight = Dense.of(torch.randn(*shape, generator=generator).to(torch.bfloat16))
+    inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
+    weight = original
+    for method in methods:
+        stat = None
+        if method.stat is not None:
+            stat = method.stat.empty(shape[1])
+            stat.add(inputs)
+        weight = apply_method(method, weight, stat, original, "this recipe")
+    return weight.bits_per_weight
+
+
+def _rehearsal_shapes() -> Iterable[tuple[int, int]]:
+    widths = [128 * n for n in range(1, 9)] + [96 * n for n in range(1, 9)] + [2048, 4096]
+    return ((width, width) for width in widths)
+
+
+def _fits(methods: tuple[Method, ...], shape: tuple[int, int]) -> bool:
+    try:
+        leaves = [shape]
+        for method in methods:
+            for leaf in leaves:
+                method.check(leaf)
+            leaves = [found for leaf in leaves for found in method.leaves(leaf)]
+    except ValueError:
+        return False
+    return True
+
+
+def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, needs_data: bool) -> int:
+    """Bytes that the most demanding part takes while it is worked on."""
+    itemsize = model.dtype.itemsize
+    blocks = 0
+    prefix = model.prefix(0)
+    slots = {prefix + slot.name: slot for slot in model.block_slots}
+    entries = sum(prod(model.shape(name)) for name in slots)
+    workspace = max((m.workspace(_matrix(model, name)) for name in slots for m in chains[name]), default=0)
+    blocks = entries * itemsize + int(entries * 1.25) + workspace
+    if needs_data:
+        stats = 0
+        for edge, readers in _edge_readers(model).items():
+            kinds = {m.stat for name in readers for m in chains[name] if m.stat is not None}
+            width = model.shape(readers[0])[1]
+            stats += sum(kind.nbytes_for(width) for kind in kinds) if edge else 0
+        widths = sum(sum(model.shape(name)) for name, slot in slots.items() if slot.expert in (None, 0))
+        forward = entries * dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
+        blocks += stats + forward
+    ends = 0
+    for slot in model.end_slots:
+        size = prod(model.shape(slot.name))
+        extra = max((m.workspace(_matrix(model, slot.name)) for m in chains[slot.name]), default=0)
+        unpacked = size * dtype.itemsize if needs_data else 0
+        ends = max(ends, size * itemsize + unpacked + extra)
+    return max(blocks, ends)
+
+
+def _matrix(model: Model, name: str) -> tuple[int, int]:
+    out, cols = model.shape(name)
+    return out, cols
+
+
+def _edge_readers(model: Model) -> dict[str, list[str]]:
+    readers: dict[str, list[str]] = {}
+    for slot in model.block_slots:
+        readers.setdefault(slot.reads, []).append(model.prefix(0) + slot.name)
+    return readers
+
+
+def _output_bytes(model: Model, chains: Chains, densities: dict[tuple[Method, ...], float]) -> int:
+    total = model.nbytes
+    for name, methods in chains.items():
+        if methods and name not in model.described:
+            entries = prod(model.shape(name))
+            total += int(entries * densities[methods] / 8) - entries * model.dtype.itemsize
+    return max(total, 1)
+
+
+def _seconds(model: Model, chains: Chains, data: Data | None, dtype: torch.dtype) -> float:
+    """Two forward passes, the statistics, and the methods' own work, at the rate that products reach here."""
+    solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in methods)
+    full = product_rate(torch.float32)
+    seconds = solving / full + 2 * model.nbytes / 1e9
+    if data is not None:
+        entries = sum(prod(model.shape(n)) for n, slot in model.slots().items() if not slot.protected)
+        squares = sum(model.shape(readers[0])[1] ** 2 for readers in _edge_readers(model).values()) * model.num_blocks
+        seconds += data.num_tokens * (4 * entries / (0.6 * product_rate(dtype)) + squares / full)
+    return float(seconds)
+
+
+def _groups(model: Model, chains: Chains) -> tuple[Group, ...]:
+    counts: Counter[tuple[str, tuple[Method, ...]]] = Counter()
+    sizes: Counter[tuple[str, tuple[Method, ...]]] = Counter()
+    for name, slot in model.slots().items():
+        key = (slot.role, chains[name])
+        counts[key] += 1
+        sizes[key] += prod(model.shape(name))
+    return tuple(Group(role, counts[role, methods], sizes[role, methods], methods) for role, methods in counts)
+
+
+def _too_large(model: Model, peak: int, limit: int, working: int) -> str:
+    part = "one block" if working else "loading"
+    return (
+        f"{model.source.label} needs about {format_size(peak)} of memory ({format_size(working)} of it for {part} at a "
+        f"time), the budget allows {format_size(limit)}; raise budget.host, or leave lm_head and embedding alone"
+    )
+
+
+def _check_disk(out: Path, output: int, scratch: Path | None, scratch_bytes: int) -> None:
+    places: Counter[Path] = Counter()
+    places[out] += output
+    places[scratch or out] += scratch_bytes
+    if scratch is not None and _device(scratch) == _device(out):
+        places = Counter({out: output + scratch_bytes})
+    for place, needed in places.items():
+        free = free_bytes(place)
+        if needed > free:
+            raise ValueError(
+                f"{place} needs about {format_size(needed)} of disk, {format_size(free)} are free; "
+                "free some, or choose another output folder or budget.scratch"
+            )
+
+
+def _device(path: Path) -> int:
+    while not path.exists():
+        path = path.absolute().parent
+    return path.stat().st_dev

@@ -1,0 +1,87 @@
+"""Which method compresses which slot: ordered rules over roles and names; the first that matches decides."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import prod
+
+from decoct.arch import Slot
+from decoct.methods import LinearCorrection, LinearMethod
+from decoct.model import Model
+
+Method = LinearMethod | LinearCorrection
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Slots that match get `method`; None leaves them alone.
+
+    Attributes:
+        match: shell patterns. Each is compared with a slot's role ("mlp.down"), its address ("3.mlp.down", the block
+            first) and its full name. Routers, embeddings and lm_head match only a pattern that is their very role or name.
+        method: what to do, or None.
+        min_share: apply only if the matching slots hold at least this fraction of the model's parameters.
+    """
+
+    match: tuple[str, ...] = ("*",)
+    method: Method | None = None
+    min_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The outcome of one step's rules over a whole model.
+
+    Attributes:
+        methods: method by full slot name; slots that are left alone are absent.
+        left: full names of slots that no rule, or a rule without a method, covers.
+    """
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+
+
+def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
+    """Resolve a step's rules.
+
+    Raises:
+        ValueError: a rule matches nothing.
+    """
+    slots = model.slots()
+    total = model.num_parameters
+    addresses = {name: tuple(_addresses(model, name, slot)) for name, slot in slots.items()}
+    decided: dict[str, Method | None] = {}
+    for rule in rules:
+        hits = [name for name, slot in slots.items() if _matches(rule, slot, addresses[name])]
+        if not hits:
+            roles = sorted({slot.role for slot in slots.values()})
+            raise ValueError(f"rule {', '.join(rule.match)!r} matches nothing; this model's roles: {', '.join(roles)}")
+        share = sum(prod(model.shape(name)) for name in hits) / total
+        if share < rule.min_share:
+            continue
+        for name in hits:
+            decided.setdefault(name, rule.method)
+    methods = {name: decided[name] for name in slots if decided.get(name) is not None}
+    return Assignment(
+        {name: method for name, method in methods.items() if method is not None},
+        tuple(name for name in slots if name not in methods),
+    )
+
+
+def _addresses(model: Model, name: str, slot: Slot) -> Iterator[str]:
+    yield slot.role
+    yield name
+    if slot.role == "embed" and model.tied:
+        yield "lm_head"
+    prefix = f"{model.family.blocks}."
+    if name.startswith(prefix):
+        block = name.removeprefix(prefix).split(".", 1)[0]
+        yield f"{block}.{slot.role}"
+        if slot.expert is not None:
+            yield f"{block}.{slot.expert}.{slot.role}"
+
+
+def _matches(rule: Rule, slot: Slot, addresses: tuple[str, ...]) -> bool:
+    if slot.protected:
+        return any(pattern in addresses for pattern in rule.match)
+    return any(fnmatchcase(address, pattern) for pattern in rule.match for address in addresses)

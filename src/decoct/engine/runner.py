@@ -1,0 +1,98 @@
+"""Runs a model's blocks one at a time, with whatever weights it is handed."""
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decoct.arch import Slot, edges
+from decoct.arch.hf import BlockCall, Skeleton, module_tensors
+from decoct.model import Model
+from decoct.weights import Weight
+
+_TOKENS_AT_ONCE = 4096
+
+
+class Runner:
+    """A model's forward pass, taken apart.
+
+    Attributes:
+        dtype: what everything is computed in.
+        edges: the edges of a block.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        """Build the skeleton and load what lies outside the blocks, except embedding and lm_head.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor that the architecture needs.
+        """
+        self.model, self.dtype = model, dtype
+        self.skeleton = Skeleton(model.config, model.family)
+        family = model.family
+        self._rest = {family.module_name(name): model.tensor(name).to(dtype) for name in model.others(None)}
+        self.edges = edges(model.block_slots)
+        self._calls: dict[tuple[int, int], list[BlockCall]] = {}
+
+    def batch_size(self, num_sequences: int, length: int) -> int:
+        """Sequences to run together: the largest divisor of their number that keeps a batch near 4096 tokens."""
+        most = max(1, _TOKENS_AT_ONCE // length)
+        return max(n for n in range(1, min(most, num_sequences) + 1) if num_sequences % n == 0)
+
+    def embed(self, tokens: Int[Tensor, "batch seq"], embedding: Tensor) -> Float[Tensor, "batch seq hidden"]:
+        """What enters the first block. `embedding`: the unpacked table, in `dtype`."""
+        name = self.model.family.module_name(self.model.family.embed)
+        return self.skeleton.embed(tokens, {**self._rest, name: embedding})
+
+    def lay_out(self, block: int, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+        """A block's parameters as transformers' module wants them, unpacked.
+
+        Raises:
+            ValueError: the checkpoint lacks one.
+        """
+        model, prefix = self.model, self.model.prefix(block)
+        tensors = {name.removeprefix(prefix): weight.unpack(self.dtype) for name, weight in weights.items()}
+        tensors.update({n.removeprefix(prefix): model.tensor(n).to(self.dtype) for n in model.others(block)})
+        laid = module_tensors(model.family, prefix, model.block_slots, tensors)
+        lacking = self.skeleton.block_parameters(block) - laid.keys()
+        if lacking:
+            name = prefix + min(lacking)
+            raise ValueError(f"{model.source.label} lacks the tensor {name}; the checkpoint is incomplete")
+        return laid
+
+    def run(self, block: int, tensors: Mapping[str, Tensor], hidden: Float[Tensor, "batch seq hidden"]) -> Tensor:
+        """One block's output for one batch."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self._calls[shape] = self.skeleton.block_calls(shape, self.dtype, self._rest)
+        return self.skeleton.run_block(block, tensors, hidden, self._calls[shape][block])
+
+    def logits(self, hidden: Float[Tensor, "batch seq hidden"], head: Tensor) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the last block's output. `head`: the unpacked projection [vocab, hidden], in `dtype`."""
+        name = self.model.family.module_name(self.model.family.head)
+        return self.skeleton.head(hidden, {**self._rest, name: head})
+
+    def edge_widths(self) -> dict[str, int]:
+        """Features of each edge of a block."""
+        model = self.model
+        return {
+            edge.name: model.shape(model.prefix(0) + edge.readers[0].name)[1] for edge in self.edges.values()
+        }
+
+    def reader_paths(self) -> dict[str, str]:
+        """Submodule whose input is each slot's input, by slot name."""
+        return {slot.name: self._path(slot) for slot in self.model.block_slots}
+
+    def _path(self, slot: Slot) -> str:
+        if slot.param is not None:
+            return slot.param.rsplit(".", 1)[0]
+        prefix = self.model.prefix(0)
+        return self.model.family.module_name(prefix + slot.name).removeprefix(prefix).removesuffix(".weight")
+
+
+def block_nbytes(model: Model, block: int = 0) -> int:
+    """Bytes of a block's tensors when unpacked in the model's dtype."""
+    names = [model.prefix(block) + slot.name for slot in model.block_slots] + model.others(block)
+    return sum(prod(model.shape(name)) for name in names) * model.dtype.itemsize

@@ -1,0 +1,313 @@
+"""One pass over a model: load a block, gather statistics, compress, run on, save, note it in the journal, go on."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from decoct.arch import Edge
+from decoct.engine.activations import Activations
+from decoct.engine.block import Block, Step, chain, each_linear
+from decoct.engine.journal import Journal
+from decoct.engine.record import Gathered, Wanted, record
+from decoct.engine.rules import Assignment
+from decoct.engine.runner import Runner
+from decoct.engine.write import shard_name, write_shard
+from decoct.model import Model
+from decoct.weights import Weight
+
+_COMPARED = 8  # sequences whose block outputs are kept to measure the error
+_SAMPLED_ROWS = 128  # rows of each matrix compared when there is no data to run
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A finished part, for whoever shows progress.
+
+    Attributes:
+        part: "embedding", "block 3", "lm_head".
+        done: parts finished, this one included.
+        total: parts in all.
+        error: relative squared error of the block's contribution to the residual stream, or of its weights when no
+            data ran; None if nothing was compressed.
+        seconds: what it took; 0 for a part restored from an earlier run.
+        nbytes: bytes written.
+        starved: slots that no calibration token reached.
+    """
+
+    part: str
+    done: int
+    total: int
+    error: float | None
+    seconds: float
+    nbytes: int
+    starved: tuple[str, ...] = ()
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Everything one streamed pass needs.
+
+    Attributes:
+        model: what to compress.
+        assignments: one for each step, in order.
+        tokens: calibration tokens; None if no step needs data.
+        dtype: what blocks run in.
+        in_memory: whether activations stay in memory.
+        folder: where shards go.
+        scratch: where activations go.
+        journal: what is done already.
+        on_event: told of every finished part.
+    """
+
+    model: Model
+    assignments: tuple[Assignment, ...]
+    tokens: Int[Tensor, "sequences length"] | None
+    dtype: torch.dtype
+    in_memory: bool
+    folder: Path
+    scratch: Path
+    journal: Journal
+    on_event: OnEvent
+
+
+@torch.no_grad()
+def run_pass(todo: Pass) -> None:
+    """Do every part that the journal does not have yet.
+
+    Raises:
+        ValueError: a method refuses a weight, or numbers are not finite; the message names the slot or block.
+    """
+    streamer = _Streamer(todo)
+    total = todo.model.num_blocks + 2
+    for number, (part, work) in enumerate(streamer.parts()):
+        line = todo.journal.finished(part)
+        started = time.perf_counter()
+        if line is None:
+            line = work(number, total)
+        seconds = time.perf_counter() - started
+        starved = tuple(line.get("starved", ()))
+        todo.on_event(Event(part, number + 1, total, line["error"], seconds, line["nbytes"], starved))
+
+
+class _Streamer:
+    """The hidden states and the position of a pass."""
+
+    def __init__(self, todo: Pass) -> None:
+        self._todo = todo
+        self._model = todo.model
+        self._steps: tuple[Step, ...] = tuple(each_linear(a.methods) for a in todo.assignments)
+        self._runner: Runner | None = None if todo.tokens is None else Runner(todo.model, todo.dtype)
+        self._states: Activations | None = None
+        self._ready: int | None = None  # the block whose inputs the states hold
+        self._last_needed = self._last_block_with_data()
+
+    def parts(self) -> Iterator[tuple[str, Callable[[int, int], dict[str, Any]]]]:
+        """Embedding, blocks, then lm_head with what else lies outside the blocks."""
+        yield "embedding", self._embedding
+        for block in range(self._model.num_blocks):
+            yield f"block {block}", lambda number, total, b=block: self._block(b, number, total)
+        yield "lm_head", self._head
+
+    def _embedding(self, number: int, total: int) -> dict[str, Any]:
+        name = self._model.family.embed
+        slots = {name: self._model.end_slots[0]}
+        original, new = self._compress("embedding", slots, {}, ())
+        if self._todo.tokens is not None:
+            assert self._runner is not None
+            table = new[name].unpack(self._todo.dtype)
+            states = self._new_states()
+            states.begin()
+            for start, stop in self._batches():
+                states.write(start, self._runner.embed(self._todo.tokens[start:stop], table))
+            self._commit(states, 0)
+        return self._save("embedding", number, total, original, new, {}, None)
+
+    def _block(self, block: int, number: int, total: int) -> dict[str, Any]:
+        model = self._model
+        slots = {model.prefix(block) + slot.name: slot for slot in model.block_slots}
+        original = {name: model.weight(name) for name in slots}
+        others = {name: model.tensor(name) for name in model.others(block)}
+        label = f"block {block}"
+        if self._runner is None or block > self._last_needed:
+            original, new = self._compress(label, slots, {}, (), original)
+            return self._save(label, number, total, original, new, others, None)
+        states = self._states_for(block)
+        laid = self._runner.lay_out(block, original)
+        stats, references = self._gather(block, laid, states)
+        del laid  # the steps need the room
+        starved = self._fill_starved(stats, slots)
+        original, new = self._compress(label, slots, stats, starved, original)
+        del stats
+        laid = self._runner.lay_out(block, new)
+        error = self._advance(block, laid, states, references)
+        return self._save(label, number, total, original, new, others, error, starved)
+
+    def _head(self, number: int, total: int) -> dict[str, Any]:
+        model = self._model
+        slots = {slot.name: slot for slot in model.end_slots if slot.role == "lm_head"}
+        others = {name: model.tensor(name) for name in model.others(None)}
+        stats: Gathered = {}
+        wanted = self._wanted(slots)
+        original = {name: model.weight(name) for name in slots}
+        if wanted:
+            stats = self._gather_head(wanted, original)
+        original, new = self._compress("lm_head", slots, stats, (), original)
+        return self._save("lm_head", number, total, original, new, others, None)
+
+    def _compress(
+        self,
+        label: str,
+        slots: dict[str, Any],
+        stats: Gathered,
+        starved: tuple[str, ...],
+        original: dict[str, Weight] | None = None,
+    ) -> tuple[dict[str, Weight], dict[str, Weight]]:
+        """Run the steps; gives the weights before and after."""
+        before = original if original is not None else {name: self._model.weight(name) for name in slots}
+        block = Block(label, slots, before, before, stats, starved)
+        return before, {**before, **chain(*self._steps)(block)}
+
+    def _gather(
+        self, block: int, laid: dict[str, Tensor], states: Activations
+    ) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
+        """Run the block as it is: statistics of its inputs, and some outputs to compare with later."""
+        runner = self._runner
+        assert runner is not None
+        slots = {self._model.prefix(block) + slot.name: slot for slot in self._model.block_slots}
+        wanted = self._wanted(slots)
+        references: list[tuple[Tensor, Tensor]] = []
+        module = runner.skeleton.blocks[block]
+        with record(module, runner.edges, wanted, runner.edge_widths(), runner.reader_paths()) as gathered:
+            for start, stop in self._batches():
+                if not wanted and len(references) * (stop - start) >= _COMPARED:
+                    break
+                x = states.read(start, stop)
+                y = runner.run(block, laid, x)
+                if len(references) * (stop - start) < _COMPARED:
+                    references.append((y, (y.float() - x.float()).square().sum()))
+        return gathered, references
+
+    def _advance(
+        self, block: int, laid: dict[str, Tensor], states: Activations, references: list[tuple[Tensor, Tensor]]
+    ) -> float:
+        """Run the compressed block; its outputs become the next one's inputs. Gives the relative squared error."""
+        runner = self._runner
+        assert runner is not None
+        lost, moved = 0.0, 0.0
+        states.begin()
+        for number, (start, stop) in enumerate(self._batches()):
+            y = runner.run(block, laid, states.read(start, stop))
+            if not torch.isfinite(y.sum()):
+                raise ValueError(f"block {block} gives NaN or infinite activations; the checkpoint or the text is damaged")
+            if number < len(references):
+                reference, update = references[number]
+                lost += float((y.float() - reference.float()).square().sum())
+                moved += float(update)
+            states.write(start, y)
+        self._commit(states, block + 1)
+        return lost / moved if moved else 0.0
+
+    def _gather_head(self, wanted: Wanted, original: dict[str, Weight]) -> Gathered:
+        runner = self._runner
+        assert runner is not None
+        states = self._states_for(self._model.num_blocks)
+        head = next(iter(original.values())).unpack(self._todo.dtype)
+        slot = self._model.family.ends()[1]
+        edges = {slot.reads: Edge(slot.reads, (slot,))}
+        with record(runner.skeleton.head_module(), edges, wanted, {slot.reads: head.shape[1]}, {slot.name: ""}) as found:
+            for start, stop in self._batches():
+                for hidden in states.read(start, stop):  # one sequence at a time: logits are large
+                    runner.logits(hidden.unsqueeze(0), head)
+        return found
+
+    def _wanted(self, slots: dict[str, Any]) -> dict[str, frozenset[type[Any]]]:
+        kinds: dict[str, set[type[Any]]] = {}
+        for assignment in self._todo.assignments:
+            for name, slot in slots.items():
+                method = assignment.methods.get(name)
+                if method is not None and method.stat is not None:
+                    kinds.setdefault(slot.reads, set()).add(method.stat)
+        return {edge: frozenset(found) for edge, found in kinds.items()}
+
+    def _fill_starved(self, stats: Gathered, slots: dict[str, Any]) -> tuple[str, ...]:
+        """Give slots that no token reached (rare experts) neutral statistics, and name them."""
+        empty = {edge for edge, kinds in stats.items() if any(s.num_tokens == 0 for s in kinds.values())}
+        starved = tuple(name for name, slot in slots.items() if slot.reads in empty)
+        for name in starved:
+            width = self._model.shape(name)[1]
+            stats[slots[name].reads] = {kind: kind.neutral(width) for kind in stats[slots[name].reads]}
+        return starved
+
+    def _save(
+        self,
+        part: str,
+        number: int,
+        total: int,
+        original: dict[str, Weight],
+        new: dict[str, Weight],
+        others: dict[str, Tensor],
+        error: float | None,
+        starved: tuple[str, ...] = (),
+    ) -> dict[str, Any]:
+        changed = [name for name in new if new[name] is not original[name]]
+        if error is None and changed:
+            error = _weight_error([(original[name], new[name]) for name in changed])
+        shard = self._todo.folder / shard_name(number, total)
+        transposed = {name for name, slot in self._model.slots().items() if slot.transposed}
+        nbytes = write_shard(shard, new, others, transposed)
+        self._todo.journal.finish(part, shard, error=error, nbytes=nbytes, starved=list(starved))
+        if self._states is not None and self._ready:
+            self._states.discard(self._ready - 1)
+        return self._todo.journal.parts[part]
+
+    def _new_states(self) -> Activations:
+        assert self._todo.tokens is not None
+        assert self._runner is not None
+        count, length = self._todo.tokens.shape
+        width = self._model.shape(self._model.family.embed)[1]
+        shape = (count, length, width)
+        return Activations(self._todo.scratch, shape, self._todo.dtype, in_memory=self._todo.in_memory)
+
+    def _states_for(self, block: int) -> Activations:
+        """The inputs of a block: at hand, or as an earlier run saved them."""
+        if self._states is None or self._ready != block:
+            self._states = self._new_states().resume(block)
+            self._ready = block
+        return self._states
+
+    def _commit(self, states: Activations, block: int) -> None:
+        states.commit(block)
+        self._states, self._ready = states, block
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        assert self._todo.tokens is not None
+        assert self._runner is not None
+        count, length = self._todo.tokens.shape
+        size = self._runner.batch_size(count, length)
+        return ((start, start + size) for start in range(0, count, size))
+
+    def _last_block_with_data(self) -> int:
+        """The last block through which calibration data must run; past it, nothing needs statistics."""
+        model = self._model
+        head = {slot.name: slot for slot in model.end_slots if slot.role == "lm_head"}
+        return model.num_blocks if self._wanted(head) else model.num_blocks - 1
+
+
+def _weight_error(pairs: list[tuple[Weight, Weight]]) -> float:
+    """Relative squared error of some rows of each compressed matrix."""
+    lost, size = 0.0, 0.0
+    for before, after in pairs:
+        rows = slice(0, _SAMPLED_ROWS)
+        w = before.unpack_rows(rows, torch.float32)
+        lost += float((after.unpack_rows(rows, torch.float32) - w).square().sum())
+        size += float(w.square().sum())
+    return lost / size if size else 0.0

@@ -1,0 +1,163 @@
+"""GPTQ (arXiv 2210.17323): round one input feature at a time, letting those not yet rounded make up for the error."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from decoct.methods.base import LinearMethod, quantize_structure
+from decoct.ops.grid import Grid, check_grid, fit_grid, resolve_group_size, stored_scale_dtype
+from decoct.ops.linalg import inverse_factor
+from decoct.stats import Gram
+from decoct.weights import GroupInt, Weight
+
+_LEAF = 16  # columns rounded one by one before the rest is updated by a matrix product
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPTQ(LinearMethod):
+    """Second-order rounding with the Gram matrix of the layer's inputs.
+
+    Attributes:
+        bits: 2 to 8.
+        group_size: input features that share a scale, or "channel", or "tensor". Groups are static: their scales are
+            fixed before any column moves, so `act_order` needs no index at run time.
+        symmetric: grid around zero, without zero points.
+        damping: fraction of the Hessian's mean diagonal added to it; raised if the factorization fails.
+        act_order: round the features with the largest second moment first.
+        clip_search: choose each group's span by least squared error weighted by the Hessian's diagonal.
+    """
+
+    bits: int = 4
+    group_size: int | str = 64
+    symmetric: bool = True
+    damping: float = 0.01
+    act_order: bool = True
+    clip_search: bool = True
+
+    stat: ClassVar[type[Gram]] = Gram
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """The group size must divide the input features."""
+        resolve_group_size(self.group_size, shape[1])
+
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """Weights, features and errors in float32, codes; the Hessian, its factor and their temporaries."""
+        return 14 * shape[0] * shape[1] + 24 * shape[1] ** 2
+
+    def operations(self, shape: tuple[int, int]) -> float:
+        """Pushing errors on, the factorization, and a fixed cost for each feature."""
+        out, cols = shape
+        return 2.0 * out * cols**2 + 2.0 * cols**3 + 2e7 * cols
+
+    def compress(self, weight: Weight, stat: Gram) -> Weight:
+        """Quantize; an existing mask takes part in the compensation and is kept exactly."""
+        return quantize_structure(weight, stat, self._dense, "gptq")
+
+    def _dense(self, w: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"] | None, stat: Gram) -> Weight:
+        H = stat.matrix()
+        values = w.float()
+        grid = fit_grid(
+            values,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_dtype=stored_scale_dtype(w.dtype),
+            importance=torch.diagonal(H),
+            search=self.clip_search,
+        )
+        codes = gptq_round(values, H, grid, mask=mask, damping=self.damping, act_order=self.act_order)
+        return GroupInt.of(codes, grid, w.dtype)
+
+
+def gptq_round(
+    w: Float[Tensor, "out in"],
+    H: Float[Tensor, "in in"],
+    grid: Grid,
+    *,
+    mask: Bool[Tensor, "out in"] | None = None,
+    damping: float = 0.01,
+    act_order: bool = True,
+) -> UInt8[Tensor, "out in"]:
+    """Codes on `grid` that minimise tr((w − ŵ)·H·(w − ŵ)ᵀ) greedily, feature by feature.
+
+    Features are split in half recursively: the left half is rounded, its errors are pushed into the right half by one
+    matrix product, then the right half is rounded. That is GPTQ's update in another order of summation, and nearly
+    all of its work becomes large products.
+
+    Args:
+        w: float32.
+        H: float32, symmetric; a feature that never fired has H_jj = 0 and is rounded to zero.
+        grid: scales and zero points, in the original order of features.
+        mask: True where a weight survives; the others are held at zero and their loss is compensated too.
+        damping: see GPTQ.
+        act_order: see GPTQ.
+
+    Raises:
+        ValueError: H is not finite or cannot be factored.
+    """
+    H = H.clone()
+    diagonal = torch.diagonal(H)
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(H.shape[0])
+    U = inverse_factor(H[order][:, order], damping).upper
+    features = w.masked_fill(dead, 0.0).T[order].contiguous()  # [in, out]: a feature's weights are contiguous
+    survivors = None if mask is None else mask.T[order].contiguous()
+    rounder = _Rounder(features, U, grid, order, survivors)
+    rounder.run(0, features.shape[0])
+    codes = torch.empty_like(rounder.codes)
+    codes[order] = rounder.codes
+    return codes.T.contiguous()
+
+
+class _Rounder:
+    """The state of one matrix's elimination; features are rows here."""
+
+    def __init__(
+        self, features: Tensor, U: Tensor, grid: Grid, order: Tensor, survivors: Tensor | None
+    ) -> None:
+        self._features, self._U, self._survivors = features, U, survivors
+        group = order // grid.group_size
+        whole = grid.scale.shape[1] == 1
+        index = torch.zeros_like(group) if whole else group
+        self._scale = grid.scale.float().T.contiguous()
+        self._zero = None if grid.zero is None else grid.zero.float().T.contiguous()
+        self._group: list[int] = index.tolist()
+        self._diagonal: list[float] = torch.diagonal(U).tolist()
+        self._middle = float(2 ** (grid.bits - 1))
+        self._top = float(2**grid.bits - 1)
+        self._errors = torch.empty_like(features)
+        self.codes = torch.empty(features.shape, dtype=torch.uint8)
+
+    def run(self, start: int, stop: int) -> None:
+        """Round features [start, stop), which already carry the errors of all before them."""
+        if stop - start <= _LEAF:
+            self._leaf(start, stop)
+            return
+        middle = start + (stop - start + 1) // 2
+        self.run(start, middle)
+        self._features[middle:stop].addmm_(
+            self._U[start:middle, middle:stop].T, self._errors[start:middle], alpha=-1.0
+        )
+        self.run(middle, stop)
+
+    def _leaf(self, start: int, stop: int) -> None:
+        for j in range(start, stop):
+            column = self._features[j]
+            scale = self._scale[self._group[j]]
+            zero = self._middle if self._zero is None else self._zero[self._group[j]]
+            code = column.div(scale).round_().add_(zero).clamp_(0.0, self._top)
+            if self._survivors is not None:
+                code = torch.where(self._survivors[j], code, zero)
+            self.codes[j] = code
+            error = torch.sub(column, code.sub_(zero).mul_(scale), out=self._errors[j]).div_(self._diagonal[j])
+            if j + 1 < stop:
+                self._features[j + 1 : stop].addr_(self._U[j, j + 1 : stop], error, alpha=-1.0)

@@ -1,0 +1,209 @@
+"""Uniform integer grids: choosing a scale (and zero point) for each group of weights, and rounding to them.
+
+A group's value is `(code - zero) * scale` with an unsigned code in [0, 2**bits). Symmetric grids fix
+zero = 2**(bits-1), so a code is a two's-complement integer with its sign bit flipped; exact zero is always on the grid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+_ROWS_AT_ONCE = 1 << 19  # elements worked on together: small enough to stay in cache, large enough to thread
+_SEARCH_LOW, _SEARCH_STEPS = 0.5, 26  # shrink factors tried by the clip search: 1.00, 0.98, ... 0.50
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales and zero points of one matrix.
+
+    Attributes:
+        scale: [rows, groups], in the dtype that will be stored (rounding it happens before any code is chosen).
+        zero: uint8 [rows, groups], or None for a symmetric grid.
+        bits: 2 to 8.
+        group_size: consecutive input features that share a scale.
+    """
+
+    scale: Float[Tensor, "rows groups"]
+    zero: UInt8[Tensor, "rows groups"] | None
+    bits: int
+    group_size: int
+
+    def columns(self, start: int, stop: int) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+        """Float32 scale and zero of each column in [start, stop), expanded."""
+        index = torch.arange(start, stop, device=self.scale.device) // self.group_size
+        scale = self.scale[:, index].float()
+        if self.zero is None:
+            return scale, torch.full_like(scale, float(2 ** (self.bits - 1)))
+        return scale, self.zero[:, index].float()
+
+
+def resolve_group_size(group_size: int | str, in_features: int) -> int:
+    """Turn "channel" and "tensor" into a number of columns and check that a number divides the width.
+
+    Raises:
+        ValueError: the group size does not divide `in_features`; the message names sizes that do.
+    """
+    if group_size in ("channel", "tensor"):
+        return in_features
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be a positive number, channel or tensor, not {group_size!r}")
+    if in_features % group_size:
+        fits = [g for g in (16, 32, 48, 64, 96, 128, 256) if in_features % g == 0]
+        hint = f"use one of {fits} or channel" if fits else "use channel"
+        raise ValueError(f"group_size {group_size} does not divide {in_features} input features; {hint}")
+    return group_size
+
+
+def fit_grid(
+    w: Float[Tensor, "rows cols"],
+    *,
+    bits: int,
+    group_size: int | str,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.float16,
+    importance: Float[Tensor, "cols"] | None = None,
+    search: bool = False,
+) -> Grid:
+    """Choose each group's scale (and zero point).
+
+    Without `search` the grid spans the group's extremes. With it, the span is shrunk in steps and the one with the
+    least error Σ importance·(w − ŵ)² is kept: clipping a few large weights pays when bits are few.
+
+    Args:
+        w: the matrix; any float dtype.
+        bits: 2 to 8.
+        group_size: columns that share a scale, or "channel" (a row each), or "tensor" (one for all).
+        symmetric: no zero points.
+        scale_dtype: the dtype that scales are stored in.
+        importance: weight of each input column in the search, e.g. the Hessian's diagonal; uniform if None.
+        search: look for the best clip instead of taking the extremes.
+
+    Raises:
+        ValueError: bits out of range, a group size that does not divide, or weights that are not finite.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, not {bits}")
+    rows, cols = w.shape
+    size = resolve_group_size(group_size, cols)
+    if group_size == "tensor":
+        return _tensor_grid(w, bits, symmetric, scale_dtype)
+    step = max(1, _ROWS_AT_ONCE // cols)
+    weight = None if importance is None else importance.float().reshape(1, cols // size, size)
+    scales, zeros = [], []
+    for start in range(0, rows, step):
+        groups = w[start : start + step].float().reshape(-1, cols // size, size)
+        scale, zero = _span(groups, bits, symmetric, scale_dtype)
+        if search:
+            scale, zero = _search(groups, weight, scale, zero, bits, symmetric, scale_dtype)
+        scales.append(scale)
+        zeros.append(zero)
+    zero_codes = None if symmetric else torch.cat(zeros).to(torch.uint8)
+    return Grid(torch.cat(scales).to(scale_dtype), zero_codes, bits, size)
+
+
+def quantize(w: Float[Tensor, "rows cols"], grid: Grid) -> UInt8[Tensor, "rows cols"]:
+    """Round every weight to its group's nearest code."""
+    rows, cols = w.shape
+    codes = torch.empty(rows, cols, dtype=torch.uint8, device=w.device)
+    step = max(1, _ROWS_AT_ONCE // cols)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        scale, zero = _grouped(grid, part, cols)
+        groups = w[part].float().reshape(-1, cols // grid.group_size, grid.group_size)
+        codes[part] = _round(groups, scale, zero, grid.bits).to(torch.uint8).reshape(-1, cols)
+    return codes
+
+
+def dequantize(
+    codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows cols"]:
+    """Values of the codes, computed in float32 and rounded once to `dtype`."""
+    rows, cols = codes.shape
+    out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
+    step = max(1, _ROWS_AT_ONCE // cols)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        scale, zero = _grouped(grid, part, cols)
+        groups = codes[part].reshape(-1, cols // grid.group_size, grid.group_size).float()
+        out[part] = groups.sub_(zero).mul_(scale).reshape(-1, cols).to(dtype)
+    return out
+
+
+def _grouped(grid: Grid, part: slice, cols: int) -> tuple[Tensor, Tensor | float]:
+    """A row range's scale and zero as [rows, groups, 1], ready to broadcast over [rows, groups, group_size]."""
+    whole = grid.scale.shape[0] == 1  # a "tensor" grid: one scale for every row
+    scale = (grid.scale if whole else grid.scale[part]).float().unsqueeze(-1)
+    if grid.zero is None:
+        return scale, float(2 ** (grid.bits - 1))
+    return scale, (grid.zero if whole else grid.zero[part]).float().unsqueeze(-1)
+
+
+def _round(groups: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
+    return groups.div(scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+
+
+def _span(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero [rows, groups] that cover each group's extremes."""
+    low, high = torch.aminmax(groups, dim=-1)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise ValueError("the weights hold NaN or infinite values; the checkpoint is damaged")
+    if symmetric:
+        high = torch.maximum(high.abs(), low.abs())
+        return _stored(2 * high / (2**bits - 1), dtype), torch.full_like(high, 2 ** (bits - 1))
+    low, high = low.clamp(max=0), high.clamp(min=0)  # zero must stay on the grid
+    scale = _stored((high - low) / (2**bits - 1), dtype)
+    return scale, (-low / scale).round().clamp_(0, 2**bits - 1)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the stored dtype, away from zero so that no division by it overflows; an all-zero group gets 1."""
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+
+
+def _search(
+    groups: Tensor, weight: Tensor | None, scale: Tensor, zero: Tensor, bits: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Shrink the span in steps; keep, for each group, the one with the least weighted squared error."""
+    best = torch.full_like(scale, torch.inf)
+    best_scale, best_zero = scale.clone(), zero.clone()
+    span = scale.clone()
+    for factor in torch.linspace(1.0, _SEARCH_LOW, _SEARCH_STEPS).tolist():
+        trial = _stored(span * factor, dtype)
+        # Both ends shrink by the same factor, so the zero point moves only by what rounding the scale did.
+        shift = zero if symmetric else (zero * factor * span / trial).round().clamp_(0, 2**bits - 1)
+        error = _round(groups, trial.unsqueeze(-1), shift.unsqueeze(-1), bits)
+        error.sub_(shift.unsqueeze(-1)).mul_(trial.unsqueeze(-1)).sub_(groups).square_()
+        loss = error.sum(-1) if weight is None else error.mul_(weight).sum(-1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale = torch.where(better, trial, best_scale)
+        best_zero = torch.where(better, shift, best_zero)
+    return best_scale, best_zero
+
+
+def _tensor_grid(w: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Grid:
+    """One scale for the whole matrix."""
+    low, high = torch.aminmax(w)
+    extremes = torch.stack([low, high]).float().reshape(1, 1, 2)
+    scale, zero = _span(extremes, bits, symmetric, dtype)
+    return Grid(scale.to(dtype), None if symmetric else zero.to(torch.uint8), bits, w.shape[1])
+
+
+def check_grid(bits: int, group_size: int | str) -> None:
+    """Refuse numbers that no matrix can be quantized with.
+
+    Raises:
+        ValueError: bits not in 2..8, or a group size that is neither positive nor "channel" nor "tensor".
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, not {bits}")
+    if group_size not in ("channel", "tensor") and (not isinstance(group_size, int) or group_size < 1):
+        raise ValueError(f"group_size must be a positive number, channel or tensor, not {group_size!r}")
+
+
+def stored_scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sixteen bits a scale: the weights' own dtype, or bfloat16 (which has float32's range) for wider ones."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16

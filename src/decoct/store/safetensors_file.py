@@ -1,0 +1,117 @@
+"""One safetensors file, read tensor by tensor with plain reads.
+
+The safetensors library maps files into memory: every page it touches then counts as resident, and a file that is
+shorter than its header promises kills the process with a bus error. Plain reads do neither, and the format is small.
+Writing is left to the library.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoct.store.files import atomic_path
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """A file's header: tensors by name, and the metadata strings."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Read one tensor, or a range of its rows, into memory of its own.
+
+        Raises:
+            ValueError: the file ends before the tensor does.
+        """
+        info = self.tensors[name]
+        shape, start, nbytes = info.shape, info.start, info.nbytes
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            row_bytes = nbytes // max(1, shape[0])
+            shape, start, nbytes = (last - first, *shape[1:]), start + first * row_bytes, (last - first) * row_bytes
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes == 0:
+            return torch.empty(shape, dtype=info.dtype)
+        view = memoryview(buffer.numpy())
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            done = 0
+            while done < nbytes:
+                count = handle.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{self.path} ends inside tensor {name}; it is truncated, download it again")
+                done += count
+        return buffer.view(info.dtype).reshape(shape)
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Read and check a header.
+
+    Raises:
+        ValueError: the file is missing, truncated, longer than its header says, or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"{path} is truncated or not a safetensors file; download or write it again")
+            header: dict[str, Any] = json.loads(handle.read(length))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; the checkpoint is incomplete") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} has a damaged header; download or write it again") from None
+    metadata = header.pop("__metadata__", {})
+    tensors = {name: _info(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((info.start + info.nbytes for info in tensors.values()), default=8 + length)
+    if end != size:
+        state = "truncated" if size < end else "longer than its header says"
+        raise ValueError(f"{path} is {state} ({size} bytes, {end} expected); download or write it again")
+    return SafetensorsFile(path, tensors, metadata)
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a whole file atomically."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as partial:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+
+
+def _info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ValueError(f"{path}: tensor {name} has the unsupported dtype {entry['dtype']}")
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    expected = dtype.itemsize
+    for n in shape:
+        expected *= n
+    if stop - start != expected:
+        raise ValueError(f"{path}: tensor {name} has {stop - start} bytes, its shape needs {expected}; it is damaged")
+    return TensorInfo(dtype, shape, base + start, stop - start)

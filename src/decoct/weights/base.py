@@ -1,0 +1,96 @@
+"""What every weight is: a frozen expression that unpacks to a matrix and knows its exact size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+FORMAT_VERSION = 1
+"""Version of the JSON description. Readers refuse a larger one and say which decoct wrote it."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Weight:
+    """A matrix [out, in], stored in some compressed form.
+
+    Subclasses are frozen dataclasses whose fields are tensors (stored), other weights (nested), or plain JSON values
+    (the description). Everything else here is derived from the fields, so a new kind of weight is one small file.
+
+    Attributes:
+        shape: (out_features, in_features) of the matrix it stands for.
+        dtype: what `unpack()` gives by default.
+    """
+
+    kind: ClassVar[str]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+        """The matrix, in `dtype` (default: `self.dtype`). Never shares memory that a caller may write to."""
+        raise NotImplementedError
+
+    def unpack_rows(
+        self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "*n in"]:
+        """Some rows of the matrix: what an embedding looks up. Subclasses do it without unpacking the rest."""
+        return self.unpack(dtype)[rows]
+
+    def children(self) -> dict[str, "Weight"]:
+        """Nested weights by field name; tuples give name.0, name.1, …"""
+        found: dict[str, Weight] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Weight):
+                found[field.name] = value
+            elif isinstance(value, tuple) and value and isinstance(value[0], Weight):
+                found.update({f"{field.name}.{i}": child for i, child in enumerate(value)})
+        return found
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """This node's stored tensors by field name."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if isinstance(value, Tensor)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor, nested ones with dotted names."""
+        found = self.own_tensors()
+        for name, child in self.children().items():
+            found.update({f"{name}.{key}": value for key, value in child.tensors().items()})
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of everything stored: codes, scales, zero points, masks, indices."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each entry of the matrix."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def walk(self) -> Iterator["Weight"]:
+        """This weight and all nested ones, outermost first."""
+        yield self
+        for child in self.children().values():
+            yield from child.walk()
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """The same expression over other stored tensors, named as `tensors()` names them."""
+        changes: dict[str, Any] = {name: tensors[name] for name in self.own_tensors()}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Weight):
+                changes[field.name] = value.with_tensors(_below(tensors, field.name))
+            elif isinstance(value, tuple) and value and isinstance(value[0], Weight):
+                changes[field.name] = tuple(
+                    child.with_tensors(_below(tensors, f"{field.name}.{i}")) for i, child in enumerate(value)
+                )
+        return replace(self, **changes)
+
+
+def _below(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
