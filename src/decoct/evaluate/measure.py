@@ -1,0 +1,211 @@
+"""One streamed pass over a text: perplexity, and divergence from a base model on the same tokens (METHODS' protocol)."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from decoct.engine.budget import peak_resident_bytes
+from decoct.engine.data import read_text, text_tokens
+from decoct.engine.runner import Runner
+from decoct.evaluate.divergence import Tally
+from decoct.model import Model
+from decoct.version import __version__
+from decoct.weights import Weight
+
+_LOGITS_AT_ONCE = 1 << 24  # entries of one chunk of logits
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured, and exactly how.
+
+    Attributes:
+        model: label of the measured model.
+        against: label of the base model, or None.
+        text: name of the text.
+        text_sha256: of its characters, UTF-8.
+        windows: non-overlapping windows evaluated.
+        length: tokens in a window.
+        bos: whether each window starts with BOS in place of a token of text.
+        dtype: what the models ran in.
+        num_tokens: predicted tokens that the figures average over.
+        perplexity: exp of the mean negative log-likelihood, nats.
+        base_perplexity: the base model's.
+        kl_mean: mean KL(base ‖ model) a token, nats.
+        kl_p99: its 99th percentile.
+        kl_p999: its 99.9th percentile.
+        top1_agreement: fraction of tokens where both rank the same token first.
+        nbytes: bytes of all tensors on disk.
+        bits_per_weight: 8 · nbytes / parameters, everything counted.
+        seconds: the evaluation took.
+        peak_bytes: most memory that the process held.
+        date: UTC, ISO 8601.
+        decoct: version.
+        protocol: in words.
+    """
+
+    model: str
+    against: str | None
+    text: str
+    text_sha256: str
+    windows: int
+    length: int
+    bos: bool
+    dtype: str
+    num_tokens: int
+    perplexity: float
+    base_perplexity: float | None
+    kl_mean: float | None
+    kl_p99: float | None
+    kl_p999: float | None
+    top1_agreement: float | None
+    nbytes: int
+    bits_per_weight: float
+    seconds: float
+    peak_bytes: int
+    date: str
+    decoct: str
+    protocol: str
+
+
+OnProgress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: Model,
+    *,
+    text: str,
+    against: Model | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    bos: bool = False,
+    dtype: torch.dtype = torch.float32,
+    on_progress: OnProgress = lambda _done, _total: None,
+) -> Measurement:
+    """Measure a model, block by block, so that it may be larger than memory.
+
+    Args:
+        model: what to measure.
+        text: a text file or hub dataset; tokenized once as a whole.
+        against: the base model to compare with, on the same tokens.
+        windows: how many windows from the text's start; None: all whole ones.
+        length: tokens in a window; None: 2048 or the model's limit.
+        bos: start each window with BOS.
+        dtype: what to compute in; float32 keeps rounding out of small divergences.
+        on_progress: told (blocks done, blocks in all).
+
+    Raises:
+        ValueError: a text too short, a window longer than the model's limit, or another vocabulary than the base's.
+    """
+    started = time.perf_counter()
+    tokens = _windows(model, text, windows, length, bos)
+    if against is not None and against.shape(against.family.embed)[0] != model.shape(model.family.embed)[0]:
+        raise ValueError(f"{model.source.label} and {against.source.label} have different vocabularies; KL needs the same")
+    tally = _run(model, against, tokens, dtype, on_progress)
+    kl = tally.kl() if against is not None else None
+    count, size = tokens.shape
+    return Measurement(
+        model=model.source.label,
+        against=None if against is None else against.source.label,
+        text=Path(text).name,
+        text_sha256=hashlib.sha256(read_text(text).encode()).hexdigest(),
+        windows=count,
+        length=size,
+        bos=bos,
+        dtype=str(dtype).removeprefix("torch."),
+        num_tokens=count * (size - 1),
+        perplexity=tally.perplexity(),
+        base_perplexity=None if against is None else tally.base_perplexity(),
+        kl_mean=None if kl is None else float(kl.mean()),
+        kl_p99=None if kl is None else float(torch.quantile(kl, 0.99)),
+        kl_p999=None if kl is None else float(torch.quantile(kl, 0.999)),
+        top1_agreement=None if against is None else tally.top1_agreement(),
+        nbytes=model.nbytes,
+        bits_per_weight=model.bits_per_weight,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_resident_bytes(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        decoct=__version__,
+        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {'BOS' if bos else 'no BOS'}",
+    )
+
+
+def append_measurement(path: Path, measurement: Measurement) -> None:
+    """Add a line of JSON to a file of measurements."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(asdict(measurement)) + "\n")
+
+
+def _windows(model: Model, text: str, windows: int | None, length: int | None, bos: bool) -> Int[Tensor, "windows length"]:
+    limit = int(model.config.get("max_position_embeddings") or model.config.get("n_positions") or 2048)
+    size = min(2048, limit) if length is None else length
+    if not 2 <= size <= limit:
+        raise ValueError(f"length {size} must lie between 2 and the model's limit of {limit} tokens")
+    step = size - 1 if bos else size
+    tokens = text_tokens(text, model)
+    most = len(tokens) // step
+    count = most if windows is None else windows
+    if count < 1 or count > most:
+        raise ValueError(f"{text} has {len(tokens)} tokens: at most {most} windows of {size}, not {count}")
+    cut = tokens[: count * step].reshape(count, step)
+    if not bos:
+        return cut
+    token = model.config.get("bos_token_id")
+    if token is None:
+        raise ValueError(f"{model.source.label} has no BOS token; leave --bos away")
+    return torch.cat([torch.full((count, 1), int(token)), cut], dim=1)
+
+
+def _run(
+    model: Model, against: Model | None, tokens: Int[Tensor, "windows length"], dtype: torch.dtype, on_progress: OnProgress
+) -> Tally:
+    """Every block of both models in turn, then the logits."""
+    runners = [Runner(each, dtype) for each in (model, against) if each is not None]
+    states = [_embed(runner, tokens) for runner in runners]
+    depth = max(runner.model.num_blocks for runner in runners)
+    for block in range(depth):
+        for runner, hidden in zip(runners, states, strict=True):
+            if block < runner.model.num_blocks:
+                _advance(runner, block, hidden)
+        on_progress(block + 1, depth)
+    heads = [_head(runner.model).unpack(dtype) for runner in runners]
+    tally = Tally()
+    rows = max(1, _LOGITS_AT_ONCE // heads[0].shape[0])
+    for i, window in enumerate(tokens):
+        for start in range(0, len(window) - 1, rows):
+            stop = min(start + rows, len(window) - 1)
+            logits = [
+                runner.logits(hidden[i : i + 1, start:stop], head)[0]
+                for runner, hidden, head in zip(runners, states, heads, strict=True)
+            ]
+            tally.add(logits[0], window[start + 1 : stop + 1], logits[1] if len(logits) > 1 else None)
+    return tally
+
+
+def _embed(runner: Runner, tokens: Int[Tensor, "windows length"]) -> Tensor:
+    table = runner.model.weight(runner.model.family.embed).unpack(runner.dtype)
+    return torch.cat([runner.embed(window.unsqueeze(0), table) for window in tokens])
+
+
+def _advance(runner: Runner, block: int, hidden: Tensor) -> None:
+    """Replace hidden states by the block's outputs, in place."""
+    model = runner.model
+    weights = {model.prefix(block) + slot.name: model.weight(model.prefix(block) + slot.name) for slot in model.block_slots}
+    laid = runner.lay_out(block, weights)
+    size = runner.batch_size(*hidden.shape[:2])
+    for start in range(0, hidden.shape[0], size):
+        hidden[start : start + size] = runner.run(block, laid, hidden[start : start + size])
+
+
+def _head(model: Model) -> Weight:
+    return model.weight(model.family.embed if model.tied else model.family.head)
