@@ -7,18 +7,23 @@ from decoct.arch.schema import Config, Family, Slot
 def _mixtral(config: Config) -> tuple[Slot, ...]:
     router = Slot("block_sparse_moe.gate.weight", "moe.router", "mlp_in", "routing", protected=True)
     names = ("w1", "w3", "w2")
-    return (*attention(), router, *experts("block_sparse_moe.experts.", names, int(config["num_local_experts"])))
+    return (*attention(), router, *experts("block_sparse_moe.experts.", names, _num_experts(config)))
 
 
 def _qwen3_moe(config: Config) -> tuple[Slot, ...]:
     """Every layer is sparse, as in all published checkpoints; a config with dense layers is refused."""
     if config.get("mlp_only_layers") or int(config.get("decoder_sparse_step", 1)) != 1:
         raise ValueError("qwen3_moe with dense MLP layers (mlp_only_layers, decoder_sparse_step) is not supported")
-    count = int(config["num_experts"])
+    count = _num_experts(config)
     if count == 0:
         return attention() + gated_mlp()
     router = Slot("mlp.gate.weight", "moe.router", "mlp_in", "routing", protected=True)
     return (*attention(), router, *experts("mlp.experts.", ("gate_proj", "up_proj", "down_proj"), count))
+
+
+def _num_experts(config: Config) -> int:
+    """Published configs and those that transformers 5 saves spell it differently."""
+    return int(config["num_local_experts"] if "num_local_experts" in config else config["num_experts"])
 
 
 MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, PRE_NORMS, renames=((".block_sparse_moe.", ".mlp."),))

@@ -1,0 +1,37 @@
+"""Shared fixtures."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is cached in the user's home."""
+    monkeypatch.setenv("DECOCT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real full-precision Llama of 260k parameters."""
+    folder = SHARED / "models" / "stories260k"
+    if not folder.exists():
+        pytest.skip("the stories260k model is not at hand")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def story_text() -> Path:
+    """Text for it."""
+    path = SHARED / "data" / "tinystories" / "valid_sample.txt"
+    if not path.exists():
+        pytest.skip("the TinyStories sample is not at hand")
+    return path
