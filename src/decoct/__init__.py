@@ -1,5 +1,44 @@
-"""decoct boils large language models down until they fit the device at hand."""
+"""decoct boils large language models down until they fit the device at hand.
+
+>>> import decoct
+>>> decoct.compress("Qwen/Qwen3-0.6B", "w4", "qwen3-w4")  # doctest: +SKIP
+>>> decoct.evaluate("qwen3-w4", against="Qwen/Qwen3-0.6B", text="wiki.test.raw")  # doctest: +SKIP
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from decoct.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from decoct.api import compress, evaluate, export, inspect, load_recipe, plan
+    from decoct.engine.compress import Watch
+    from decoct.methods import METHODS
+    from decoct.model import open_model
+
+_WHERE = {
+    **dict.fromkeys(["compress", "evaluate", "export", "inspect", "load_recipe", "plan"], "decoct.api"),
+    "METHODS": "decoct.methods",
+    "open_model": "decoct.model",
+    "Watch": "decoct.engine.compress",
+}
+
+__all__ = [
+    "METHODS",
+    "Watch",
+    "__version__",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "load_recipe",
+    "open_model",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Load what is used when it is used: `import decoct` alone takes milliseconds."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'decoct' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

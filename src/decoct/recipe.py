@@ -20,6 +20,10 @@ _RULE_KEYS = ("match", "min_share", "leave")
 _TOP_KEYS = ("name", "about", "data", "budget", "stages", "export")
 
 
+class RecipeError(ValueError):
+    """A recipe or setting that says something impossible: wrong use, not a failure."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A recipe, checked.
@@ -48,25 +52,25 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     """A recipe file, or a preset by name, as plain data.
 
     Raises:
-        ValueError: there is no such file or preset, or it is not YAML.
+        RecipeError: there is no such file or preset, or it is not YAML.
     """
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.exists():
-            raise ValueError(f"recipe {path} does not exist")
+            raise RecipeError(f"recipe {path} does not exist")
         text = path.read_text(encoding="utf-8")
     else:
         known = presets()
         if str(source) not in known:
-            raise ValueError(f"no preset or recipe file {str(source)!r}{_nearest(str(source), known)}")
+            raise RecipeError(f"no preset or recipe file {str(source)!r}{_nearest(str(source), known)}")
         text = (resources.files("decoct") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{source} is not valid YAML: {reason}") from None
+        raise RecipeError(f"{source} is not valid YAML: {reason}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source} is no recipe: it must be a mapping with the key stages")
+        raise RecipeError(f"{source} is no recipe: it must be a mapping with the key stages")
     return value
 
 
@@ -74,12 +78,12 @@ def parse_recipe(value: dict[str, Any]) -> Recipe:
     """Check a recipe given as plain data.
 
     Raises:
-        ValueError: an unknown key (the nearest right one is named), a value of the wrong type or out of range.
+        RecipeError: an unknown key (the nearest right one is named), a value of the wrong type or out of range.
     """
     _check_keys(value, _TOP_KEYS, "recipe")
     stages = value.get("stages")
     if not isinstance(stages, list) or not stages:
-        raise ValueError("a recipe needs stages: a list such as [{blocks: [{linear: {gptq: {bits: 4}}}]}]")
+        raise RecipeError("a recipe needs stages: a list such as [{blocks: [{linear: {gptq: {bits: 4}}}]}]")
     export = value.get("export") or []
     return Recipe(
         stages=tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages)),
@@ -93,14 +97,14 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Apply `key=value` settings to a recipe: `data.…`, `budget.…`, or `METHOD.FIELD` wherever that method stands.
 
     Raises:
-        ValueError: no `=`, or a key that names nothing in this recipe.
+        RecipeError: no `=`, or a key that names nothing in this recipe.
     """
     changed: dict[str, Any] = yaml.safe_load(yaml.safe_dump(value))
     for setting in settings:
         key, equals, text = setting.partition("=")
         scope, _, name = key.strip().partition(".")
         if not equals or not name:
-            raise ValueError(f"--set {setting!r}: write it as data.num_sequences=64 or gptq.bits=3")
+            raise RecipeError(f"--set {setting!r}: write it as data.num_sequences=64 or gptq.bits=3")
         new = yaml.safe_load(text)
         if scope in ("data", "budget"):
             changed.setdefault(scope, {})
@@ -108,7 +112,7 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             continue
         found = list(_method_settings(changed.get("stages"), scope))
         if not found:
-            raise ValueError(f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget or a method")
+            raise RecipeError(f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget or a method")
         for holder in found:
             holder[scope] = {**(holder[scope] or {}), name: new}
     return changed
@@ -124,14 +128,14 @@ def build_method(name: str, value: Any, where: str) -> Method:  # noqa: ANN401 -
     """One method from its name and fields.
 
     Raises:
-        ValueError: as for `parse_recipe`.
+        RecipeError: as for `parse_recipe`.
     """
     cls = METHODS.get(name)
     if cls is None:
-        raise ValueError(f"{where}: unknown method {name!r}{_nearest(name, METHODS)}")
+        raise RecipeError(f"{where}: unknown method {name!r}{_nearest(name, METHODS)}")
     value = {} if value is None else value
     if not isinstance(value, dict):
-        raise ValueError(f"{where}.{name}: expected settings such as {{bits: 4}}, not {value!r}")
+        raise RecipeError(f"{where}.{name}: expected settings such as {{bits: 4}}, not {value!r}")
     known = [field.name for field in fields(cls)]
     _check_keys(value, known, f"{where}.{name}")
     hints = get_type_hints(cls)
@@ -140,19 +144,19 @@ def build_method(name: str, value: Any, where: str) -> Method:  # noqa: ANN401 -
         if field.name in value:
             checked[field.name] = _typed(hints[field.name], value[field.name], f"{where}.{name}.{field.name}")
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"{where}.{name} needs {field.name}")
+            raise RecipeError(f"{where}.{name} needs {field.name}")
     try:
         return cls(**checked)
     except ValueError as error:
-        raise ValueError(f"{where}.{name}: {error}") from None
+        raise RecipeError(f"{where}.{name}: {error}") from None
 
 
 def _stage(value: Any, where: str) -> BlocksStage:  # noqa: ANN401 - YAML data
     kind, inner = _single(value, where)
     if kind != "blocks":
-        raise ValueError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks'])}")
+        raise RecipeError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks'])}")
     if not isinstance(inner, list) or not inner:
-        raise ValueError(f"{where}.blocks must be a list of steps, such as [{{linear: {{gptq: {{bits: 4}}}}}}]")
+        raise RecipeError(f"{where}.blocks must be a list of steps, such as [{{linear: {{gptq: {{bits: 4}}}}}}]")
     steps = tuple(_step(step, f"{where}.blocks[{i}]") for i, step in enumerate(inner))
     return BlocksStage(steps, {"blocks": [{"linear": [_rule_settings(rule) for rule in rules]} for rules in steps]})
 
@@ -160,21 +164,21 @@ def _stage(value: Any, where: str) -> BlocksStage:  # noqa: ANN401 - YAML data
 def _step(value: Any, where: str) -> tuple[Rule, ...]:  # noqa: ANN401 - YAML data
     kind, inner = _single(value, where)
     if kind != "linear":
-        raise ValueError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear'])}")
+        raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear'])}")
     rules = inner if isinstance(inner, list) else [inner]
     return tuple(_rule(rule, f"{where}.linear[{i}]") for i, rule in enumerate(rules))
 
 
 def _rule(value: Any, where: str) -> Rule:  # noqa: ANN401 - YAML data
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a rule such as {{match: mlp.down, gptq: {{bits: 6}}}}, not {value!r}")
+        raise RecipeError(f"{where}: expected a rule such as {{match: mlp.down, gptq: {{bits: 6}}}}, not {value!r}")
     names = [key for key in value if key not in _RULE_KEYS]
     for name in names:
         if name not in METHODS:
-            raise ValueError(f"{where}: unknown key {name!r}{_nearest(name, [*METHODS, *_RULE_KEYS])}")
+            raise RecipeError(f"{where}: unknown key {name!r}{_nearest(name, [*METHODS, *_RULE_KEYS])}")
     leave = bool(value.get("leave", False))
     if len(names) != (0 if leave else 1):
-        raise ValueError(f"{where}: give exactly one method, or leave: true (found {', '.join(names) or 'none'})")
+        raise RecipeError(f"{where}: give exactly one method, or leave: true (found {', '.join(names) or 'none'})")
     match = value.get("match", "*")
     patterns = (match,) if isinstance(match, str) else tuple(str(item) for item in match)
     share = _typed(float, value.get("min_share", 0.0), f"{where}.min_share")
@@ -189,34 +193,34 @@ def _rule_settings(rule: Rule) -> dict[str, Any]:
 
 def _single(value: Any, where: str) -> tuple[str, Any]:  # noqa: ANN401 - YAML data
     if not isinstance(value, dict) or len(value) != 1:
-        raise ValueError(f"{where} must have exactly one key, not {value!r}")
+        raise RecipeError(f"{where} must have exactly one key, not {value!r}")
     return next((str(key), inner) for key, inner in value.items())
 
 
 def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:  # noqa: ANN401 - YAML data
     value = {} if value is None else value
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected settings, not {value!r}")
+        raise RecipeError(f"{where}: expected settings, not {value!r}")
     _check_keys(value, list(cls.model_fields), where)
     try:
         return cls(**value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where}.{place}: {first['msg']}") from None
+        raise RecipeError(f"{where}.{place}: {first['msg']}") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - YAML data
     try:
         return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int))
     except ValidationError as error:
-        raise ValueError(f"{where}: {error.errors()[0]['msg']} (got {value!r})") from None
+        raise RecipeError(f"{where}: {error.errors()[0]['msg']} (got {value!r})") from None
 
 
 def _check_keys(value: dict[str, Any], known: Any, where: str) -> None:  # noqa: ANN401 - any iterable of names
     for key in value:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
+            raise RecipeError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
 
 
 def _nearest(name: str, known: Any) -> str:  # noqa: ANN401 - any iterable of names

@@ -21,7 +21,7 @@ from decoct.engine.rules import Rule
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
 from decoct.engine.write import finish_folder
 from decoct.model import Model, open_model
-from decoct.store import MANIFEST, FolderSource, read_json, save_safetensors
+from decoct.store import MANIFEST, RUN_SUMMARY, FolderSource, open_safetensors, read_json, save_safetensors, write_json
 from decoct.version import __version__
 
 RUN_FOLDER = ".run"
@@ -192,8 +192,6 @@ def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:
     path = run / "tokens.safetensors"
     key = _short(json.dumps(job.data.model_dump(), sort_keys=True) + job.model.source.fingerprint())
     if path.exists():
-        from decoct.store import open_safetensors
-
         saved = open_safetensors(path)
         if saved.metadata.get("key") == key:
             return saved.read("tokens")
@@ -243,8 +241,6 @@ def _write_summary(job: Job, events: list[Event], started: float) -> None:
         {"part": e.part, "error": e.error, "seconds": round(e.seconds, 3), "nbytes": e.nbytes, "starved": list(e.starved)}
         for e in events
     ]
-    from decoct.store import write_json
-
     summary = {"seconds": round(time.perf_counter() - started, 1), "peak_bytes": peak_resident_bytes(), "parts": lines}
     write_json(job.out / "decoct-run.json", summary)
 
@@ -255,4 +251,4 @@ def _short(text: str) -> str:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """decoct-run.json of a finished checkpoint: seconds, peak memory, each part's error."""
-    return dict(read_json(folder / "decoct-run.json"))
+    return dict(read_json(folder / RUN_SUMMARY))

@@ -2,9 +2,9 @@
 
 from decoct.store.files import atomic_path, free_bytes, read_json, sha256, write_json
 from decoct.store.safetensors_file import SafetensorsFile, open_safetensors, save_safetensors
-from decoct.store.source import INDEX, MANIFEST, FolderSource, Source, open_source
+from decoct.store.source import INDEX, MANIFEST, RUN_SUMMARY, FolderSource, Source, open_source
 
 __all__ = [
-    "INDEX", "MANIFEST", "FolderSource", "SafetensorsFile", "Source", "atomic_path", "free_bytes", "open_safetensors",
+    "INDEX", "MANIFEST", "RUN_SUMMARY", "FolderSource", "SafetensorsFile", "Source", "atomic_path", "free_bytes", "open_safetensors",
     "open_source", "read_json", "save_safetensors", "sha256", "write_json",
 ]  # fmt: skip

@@ -14,9 +14,12 @@ from decoct.store.safetensors_file import SafetensorsFile, open_safetensors
 MANIFEST = "decoct.json"
 """A decoct checkpoint's own file: format version, a checksum for each shard, lineage."""
 
+RUN_SUMMARY = "decoct-run.json"
+"""Beside it: times, memory and errors of the run that wrote it."""
+
 INDEX = "model.safetensors.index.json"
 _EXTRA_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-_NOT_EXTRA = {"config.json", INDEX, MANIFEST, "quantize_config.json"}
+_NOT_EXTRA = {"config.json", INDEX, MANIFEST, RUN_SUMMARY, "quantize_config.json"}
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 

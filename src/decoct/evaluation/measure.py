@@ -15,7 +15,7 @@ from torch import Tensor
 from decoct.engine.budget import peak_resident_bytes
 from decoct.engine.data import read_text, text_tokens
 from decoct.engine.runner import Runner
-from decoct.evaluate.divergence import Tally
+from decoct.evaluation.divergence import Tally
 from decoct.model import Model
 from decoct.version import __version__
 from decoct.weights import Weight

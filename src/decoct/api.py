@@ -1,0 +1,228 @@
+"""The Python API: the commands' names, on paths or opened models."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoct.engine.compress import Job, Result, Watch, compress_job
+from decoct.engine.plan import Plan, make_plan
+from decoct.evaluation import Measurement, evaluate_model
+from decoct.evaluation.measure import OnProgress
+from decoct.exporters import check_format, export_model
+from decoct.methods import METHODS
+from decoct.model import Model, open_model
+from decoct.recipe import Recipe, RecipeError, parse_recipe, read_recipe, with_settings
+
+RecipeLike = str | Path | dict[str, Any] | Sequence[str | Path | dict[str, Any]]
+"""A preset's name, a recipe file, a recipe as data, or several of these to run one after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSummary:
+    """Slots of one role."""
+
+    role: str
+    kind: str
+    count: int
+    shape: tuple[int, int]
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        num_parameters: before any compression.
+        nbytes: of all tensors now.
+        bits_per_weight: everything counted.
+        roles: its matrices by role, kind of weight and shape.
+        lineage: what decoct did to it before.
+    """
+
+    model: str
+    family: str
+    num_blocks: int
+    dtype: str
+    tied: bool
+    num_parameters: int
+    nbytes: int
+    bits_per_weight: float
+    roles: tuple[RoleSummary, ...]
+    lineage: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """A method as `decoct methods` lists it."""
+
+    name: str
+    about: str
+    settings: dict[str, Any]
+
+
+def inspect(model: str | Path | Model) -> Inspection:
+    """Describe a checkpoint without loading its weights.
+
+    Raises:
+        ValueError: see `open_model`.
+    """
+    opened = open_model(model)
+    counts: Counter[tuple[str, str, tuple[int, int]]] = Counter()
+    for name, slot in opened.slots().items():
+        out, cols = opened.shape(name)
+        counts[slot.role, _kind(opened, name), (out, cols)] += 1
+    roles = tuple(RoleSummary(r, k, n, shape, n * prod(shape)) for (r, k, shape), n in counts.items())
+    return Inspection(
+        model=opened.source.label,
+        family=opened.family.name,
+        num_blocks=opened.num_blocks,
+        dtype=str(opened.dtype).removeprefix("torch."),
+        tied=opened.tied,
+        num_parameters=opened.num_parameters,
+        nbytes=opened.nbytes,
+        bits_per_weight=opened.bits_per_weight,
+        roles=roles,
+        lineage=opened.lineage,
+    )
+
+
+def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
+    """Read, adjust and check a recipe; several are joined, the first one's data and budget counting.
+
+    Args:
+        recipe: see RecipeLike.
+        settings: `key=value` texts as `--set` takes them.
+
+    Raises:
+        RecipeError: anything wrong with it.
+    """
+    several = [recipe] if isinstance(recipe, str | Path | dict) else list(recipe)
+    if not several:
+        raise RecipeError("give a recipe file or a preset; `decoct methods` lists presets")
+    values = [each if isinstance(each, dict) else read_recipe(each) for each in several]
+    joined = dict(values[0])
+    joined["stages"] = [stage for value in values for stage in value.get("stages") or []]
+    for value in values[1:]:
+        joined = {**{k: v for k, v in value.items() if k != "stages"}, **joined}
+    parsed = parse_recipe(with_settings(joined, list(settings)))
+    for form in parsed.export:
+        check_format(form)
+    return parsed
+
+
+def plan(model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = (), out: Path | None = None) -> Plan:
+    """What the first stage of a recipe would do and take; nothing is run.
+
+    Raises:
+        ValueError: anything that would stop the run later.
+    """
+    parsed = load_recipe(recipe, settings)
+    return make_plan(open_model(model), parsed.stages[0].steps, parsed.data, parsed.budget, out)
+
+
+def compress(
+    model: str | Path | Model,
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    settings: Sequence[str] = (),
+    fresh: bool = False,
+    watch: Watch | None = None,
+) -> Result:
+    """Run a recipe and write the result to `out`; the same call again resumes a run that was cut off.
+
+    Args:
+        model: folder, .gguf file, hub id, or an opened model.
+        recipe: see RecipeLike.
+        out: folder of the result.
+        settings: `key=value` texts as `--set` takes them, e.g. "gptq.bits=3".
+        fresh: replace what decoct left in `out` before.
+        watch: where progress goes.
+
+    Raises:
+        ValueError: anything the user can mend, in one line.
+    """
+    parsed = load_recipe(recipe, settings)
+    job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, Path(out), fresh)
+    result = compress_job(job, watch or Watch())
+    for form in parsed.export:
+        export_model(open_model(result.folder), form, result.folder / form)
+    return result
+
+
+def evaluate(
+    model: str | Path | Model,
+    *,
+    text: str | Path,
+    against: str | Path | Model | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    bos: bool = False,
+    dtype: torch.dtype = torch.float32,
+    on_progress: OnProgress = lambda _done, _total: None,
+) -> Measurement:
+    """Perplexity, and divergence from a base model, on the same tokens.
+
+    Args:
+        model: what to measure.
+        text: a text file or hub dataset.
+        against: the base model; None: perplexity alone.
+        windows: non-overlapping windows from the text's start; None: all.
+        length: tokens in a window; None: 2048 or the model's limit.
+        bos: start each window with BOS.
+        dtype: what to compute in.
+        on_progress: told (blocks done, blocks in all).
+
+    Raises:
+        ValueError: see `evaluate_model`.
+    """
+    return evaluate_model(
+        open_model(model),
+        text=str(text),
+        against=None if against is None else open_model(against),
+        windows=windows,
+        length=length,
+        bos=bos,
+        dtype=dtype,
+        on_progress=on_progress,
+    )
+
+
+def export(model: str | Path | Model, to: str, out: str | Path, *, fold: bool = False) -> None:
+    """Write a model in another engine's format.
+
+    Raises:
+        ValueError: see `export_model`.
+    """
+    check_format(to)
+    export_model(open_model(model), to, Path(out), fold=fold)
+
+
+def list_methods() -> tuple[MethodInfo, ...]:
+    """Every method with its settings and defaults."""
+    import sys
+
+    found = []
+    for name, cls in METHODS.items():
+        about = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
+        settings = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
+        found.append(MethodInfo(name, about, settings))
+    return tuple(found)
+
+
+def _kind(model: Model, name: str) -> str:
+    def spell(description: dict[str, Any]) -> str:
+        kind = str(description["kind"])
+        if kind == "GroupInt":
+            kind = f"{kind} {description['bits']} bit"
+        inner = [spell(value) for value in description.values() if isinstance(value, dict) and "kind" in value]
+        inner += [spell(item) for item in description.get("terms", ())]
+        return f"{kind}({', '.join(inner)})" if inner else kind
+
+    return spell(model.described[name]) if name in model.described else "Dense"

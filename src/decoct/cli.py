@@ -1,0 +1,226 @@
+"""The commands. Thin: they read arguments, call the API of the same name, and print."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from decoct.console import Console, fail, json_text
+from decoct.version import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Boil a language model down until it fits. Start with: decoct compress MODEL --preset w4 -o OUT",
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, or a hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
+PresetOption = Annotated[
+    list[str] | None, typer.Option("--preset", help="A recipe that comes with decoct; repeat to run several in order.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. gptq.bits=3 (repeatable).")
+]
+TextOption = Annotated[
+    str | None, typer.Option("--data", metavar="TEXT", help="Calibration: a text file, a hub dataset, or self.")
+]
+MemoryOption = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Memory limit, e.g. 3GiB.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads to use.")] = None,
+) -> None:
+    if version:
+        sys.stdout.write(f"decoct {__version__}\n")
+        raise typer.Exit
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@app.command()
+def inspect(model: ModelArgument, json: JsonOption = False) -> None:
+    """Show what a model is made of, and what of it can be compressed."""
+    import decoct
+
+    with _errors(json=json):
+        found = decoct.inspect(model)
+        _answer(json=json, value=asdict(found), show=lambda console: console.inspection(found))
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    recipe: RecipeArgument = None,
+    preset: PresetOption = None,
+    settings: SetOption = None,
+    data: TextOption = None,
+    memory: MemoryOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a recipe will do and take (memory, disk, time), and stop."""
+    import decoct
+
+    with _errors(json=json):
+        chosen, changes = _recipe(recipe, preset, settings, data, memory)
+        found = decoct.plan(model, chosen, settings=changes)
+        _answer(json=json, value=_plan_json(found), show=lambda console: console.plan(found))
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    recipe: RecipeArgument = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the result (required).")] = None,
+    preset: PresetOption = None,
+    settings: SetOption = None,
+    data: TextOption = None,
+    memory: MemoryOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what decoct left in OUT before.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Compress a model. Interrupted at any point, the same command goes on where it was."""
+    import decoct
+
+    if out is None:
+        raise typer.BadParameter("say where the result goes: -o OUT", param_hint="-o / --out")
+    with _errors(json=json, resumable=True):
+        chosen, changes = _recipe(recipe, preset, settings, data, memory)
+        with Console.for_stderr().progress() as watch:
+            result = decoct.compress(model, chosen, out, settings=changes, fresh=fresh, watch=watch)
+        _answer(json=json, value=asdict(result), show=lambda console: console.result(result))
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[str, typer.Option("--text", help="A text file or hub dataset to measure on.")],
+    against: Annotated[str | None, typer.Option("--against", metavar="BASE", help="The uncompressed model.")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows from the text's start (all).")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens in a window (2048 or the limit).")] = None,
+    bos: Annotated[bool, typer.Option("--bos", help="Start each window with the BOS token.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, or bfloat16 (faster, blurs small KL).")] = "float32",
+    record: Annotated[Path | None, typer.Option("--record", help="Append the measurement to this JSON-lines file.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure perplexity and, against a base, KL divergence and top-1 agreement on the same text."""
+    import torch
+
+    import decoct
+    from decoct.evaluation import append_measurement
+
+    with _errors(json=json):
+        if dtype not in ("float32", "bfloat16"):
+            raise typer.BadParameter("must be float32 or bfloat16", param_hint="--dtype")
+        with Console.for_stderr().counter("block") as on_progress:
+            found = decoct.evaluate(
+                model, text=text, against=against, windows=windows, length=length, bos=bos,
+                dtype=getattr(torch, dtype), on_progress=on_progress,
+            )  # fmt: skip
+        if record is not None:
+            append_measurement(record, found)
+        _answer(json=json, value=asdict(found), show=lambda console: console.measurement(found))
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option("--to", help="compressed_tensors (transformers, vLLM) or dense.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the export.")],
+    fold: Annotated[bool, typer.Option("--fold", help="Write uncompressed what the format cannot express.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a compressed model in another engine's format."""
+    import decoct
+
+    with _errors(json=json):
+        decoct.export(model, to, out, fold=fold)
+        found = decoct.inspect(model)
+        nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        value = {"folder": str(out), "format": to, "nbytes": nbytes, "model": found.model}
+        _answer(json=json, value=value, show=lambda console: console.line(f"wrote {out} ({to})"))
+
+
+@app.command()
+def methods(json: JsonOption = False) -> None:
+    """List methods, their settings and defaults, and the presets."""
+    from decoct.api import list_methods
+    from decoct.recipe import presets
+
+    with _errors(json=json):
+        found, recipes = list_methods(), presets()
+        value = {"methods": [asdict(method) for method in found], "presets": recipes}
+        _answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
+
+
+def main() -> None:
+    """Entry point of the `decoct` command."""
+    app()
+
+
+def _recipe(
+    recipe: str | None, preset: list[str] | None, settings: list[str] | None, data: str | None, memory: str | None
+) -> tuple[list[str | Path], list[str]]:
+    chosen: list[str | Path] = [Path(recipe)] if recipe else []
+    if recipe and Path(recipe).suffix not in (".yaml", ".yml"):
+        raise typer.BadParameter(f"{recipe} is no .yaml file; presets are given as --preset {recipe}", param_hint="RECIPE")
+    chosen += preset or []
+    if not chosen:
+        raise typer.BadParameter("give a recipe file, or a preset such as --preset w4", param_hint="RECIPE")
+    changes = list(settings or [])
+    changes += [f"data.source={data}"] if data else []
+    changes += [f"budget.host={memory}"] if memory else []
+    return chosen, changes
+
+
+def _plan_json(found: object) -> dict[str, object]:
+    from decoct.engine.plan import Plan
+    from decoct.recipe import method_settings
+
+    assert isinstance(found, Plan)
+    groups = [
+        {"role": g.role, "count": g.count, "parameters": g.parameters, "methods": [method_settings(m) for m in g.methods]}
+        for g in found.groups
+    ]
+    names = ("num_parameters", "needs_data", "in_memory", "peak_bytes", "limit_bytes", "output_bytes", "scratch_bytes")
+    numbers = {name: getattr(found, name) for name in names}
+    return {**numbers, "seconds": found.seconds, "bits_per_weight": found.bits_per_weight, "groups": groups}
+
+
+def _answer(*, json: bool, value: object, show: Callable[[Console], None]) -> None:
+    if json:
+        sys.stdout.write(json_text(value) + "\n")
+    else:
+        show(Console.for_stdout())
+
+
+@contextmanager
+def _errors(*, json: bool, resumable: bool = False) -> Iterator[None]:
+    """Turn what a user can mend into one line; 1: it failed, 2: it was asked for wrongly."""
+    again = "; nothing finished is lost: run the same command again to go on" if resumable else ""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(f"stopped{again}", 1, json=json)
+    except MemoryError:
+        fail(f"out of memory; give a smaller --memory limit or close other programs{again}", 1, json=json)
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename or ''}{again}", 1, json=json)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        fail(f"out of memory; give a smaller --memory limit or close other programs{again}", 1, json=json)
+    except ValueError as error:
+        from decoct.recipe import RecipeError
+
+        fail(str(error), 2 if isinstance(error, RecipeError) else 1, json=json)
