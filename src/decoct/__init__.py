@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+def __getattr__(name: str) -> Any:
     """Load what is used when it is used: `import decoct` alone takes milliseconds."""
     if name not in _WHERE:
         raise AttributeError(f"module 'decoct' has no attribute {name!r}")

@@ -116,7 +116,9 @@ def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
     return parsed
 
 
-def plan(model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = (), out: Path | None = None) -> Plan:
+def plan(
+    model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = (), out: Path | None = None
+) -> Plan:
     """What the first stage of a recipe would do and take; nothing is run.
 
     Raises:

@@ -26,7 +26,8 @@ PresetOption = Annotated[
     list[str] | None, typer.Option("--preset", help="A recipe that comes with decoct; repeat to run several in order.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. gptq.bits=3 (repeatable).")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. gptq.bits=3 (repeatable)."),
 ]
 TextOption = Annotated[
     str | None, typer.Option("--data", metavar="TEXT", help="Calibration: a text file, a hub dataset, or self.")
@@ -106,11 +107,17 @@ def evaluate(
     model: ModelArgument,
     text: Annotated[str, typer.Option("--text", help="A text file or hub dataset to measure on.")],
     against: Annotated[str | None, typer.Option("--against", metavar="BASE", help="The uncompressed model.")] = None,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows from the text's start (all).")] = None,
-    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens in a window (2048 or the limit).")] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="Windows from the text's start (all).")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=2, help="Tokens in a window (2048 or the limit).")
+    ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Start each window with the BOS token.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, or bfloat16 (faster, blurs small KL).")] = "float32",
-    record: Annotated[Path | None, typer.Option("--record", help="Append the measurement to this JSON-lines file.")] = None,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="Append the measurement to this JSON-lines file.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Measure perplexity and, against a base, KL divergence and top-1 agreement on the same text."""
@@ -173,7 +180,9 @@ def _recipe(
 ) -> tuple[list[str | Path], list[str]]:
     chosen: list[str | Path] = [Path(recipe)] if recipe else []
     if recipe and Path(recipe).suffix not in (".yaml", ".yml"):
-        raise typer.BadParameter(f"{recipe} is no .yaml file; presets are given as --preset {recipe}", param_hint="RECIPE")
+        raise typer.BadParameter(
+            f"{recipe} is no .yaml file; presets are given as --preset {recipe}", param_hint="RECIPE"
+        )
     chosen += preset or []
     if not chosen:
         raise typer.BadParameter("give a recipe file, or a preset such as --preset w4", param_hint="RECIPE")
@@ -189,7 +198,12 @@ def _plan_json(found: object) -> dict[str, object]:
 
     assert isinstance(found, Plan)
     groups = [
-        {"role": g.role, "count": g.count, "parameters": g.parameters, "methods": [method_settings(m) for m in g.methods]}
+        {
+            "role": g.role,
+            "count": g.count,
+            "parameters": g.parameters,
+            "methods": [method_settings(m) for m in g.methods],
+        }
         for g in found.groups
     ]
     names = ("num_parameters", "needs_data", "in_memory", "peak_bytes", "limit_bytes", "output_bytes", "scratch_bytes")

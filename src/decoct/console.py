@@ -59,7 +59,8 @@ class Console:
         tied = ", lm_head tied to the embedding" if found.tied else ""
         self.line(f"{found.model}: {found.family}, {found.num_blocks} blocks, {found.dtype}{tied}")
         self.line(
-            f"{_count(found.num_parameters)} parameters, {_size(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight"
+            f"{_count(found.num_parameters)} parameters, {_size(found.nbytes)}, "
+            f"{found.bits_per_weight:.2f} bits per weight"
         )
         table = _table("role", "weight", "*count", "*shape (out x in)", "*parameters", "*share")
         for row in found.roles:
@@ -68,7 +69,9 @@ class Console:
             table.add_row(row.role, row.kind, str(row.count), shape, _count(row.parameters), share)
         self._console.print(table)
         for entry in found.lineage:
-            self.line(f"made by decoct {entry.get('decoct')} from {entry.get('source', {}).get('label')}: {entry['stage']}")
+            self.line(
+                f"made by decoct {entry.get('decoct')} from {entry.get('source', {}).get('label')}: {entry['stage']}"
+            )
         if not found.lineage:
             self.line(f"next: decoct plan {found.model} --preset w4")
 
@@ -84,7 +87,9 @@ class Console:
         self.line(f"result   about {_size(found.output_bytes)}, {found.bits_per_weight:.2f} bits per weight")
         self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
         self.line(f"disk     about {_size(found.output_bytes + found.scratch_bytes)} while it runs")
-        self.line(f"time     about {_duration(found.seconds)} ({calibration if found.needs_data else 'no data needed'})")
+        self.line(
+            f"time     about {_duration(found.seconds)} ({calibration if found.needs_data else 'no data needed'})"
+        )
 
     def result(self, result: "Result") -> None:
         """`decoct compress`."""
@@ -93,8 +98,8 @@ class Console:
             f"in {_duration(result.seconds)}, peak memory {_size(result.peak_bytes)}"
         )
         if result.starved:
-            names = ", ".join(result.starved[:3])
-            self.line(f"warning: no calibration token reached {len(result.starved)} experts' weights ({names}, …): no data used")
+            count, first = len(result.starved), result.starved[0]
+            self.line(f"warning: no calibration token reached {count} experts' weights (first {first}): no data used")
         self.line(f"next: decoct evaluate {result.folder} --against BASE --text FILE")
 
     def measurement(self, found: "Measurement") -> None:
@@ -104,7 +109,11 @@ class Console:
         def row(name: str, value: str, base: str = "") -> None:
             table.add_row(*([name, base, value] if found.against else [name, value]))
 
-        row("perplexity", f"{found.perplexity:.3f}", "" if found.base_perplexity is None else f"{found.base_perplexity:.3f}")
+        row(
+            "perplexity",
+            f"{found.perplexity:.3f}",
+            "" if found.base_perplexity is None else f"{found.base_perplexity:.3f}",
+        )
         if found.kl_mean is not None and found.kl_p99 is not None and found.kl_p999 is not None:
             row("KL mean (nats)", f"{found.kl_mean:.4f}")
             row("KL 99 %", f"{found.kl_p99:.3f}")
@@ -133,7 +142,12 @@ class Console:
         """A line for every finished block, and a bar with the time left."""
         from decoct.engine.compress import Watch
 
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")]
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        ]
         with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
             task = bar.add_task("compressing", total=None, left="")
             clock = _Clock()
@@ -187,7 +201,9 @@ def _event_line(event: "Event", left: str) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.removeprefix("*"), justify="right" if column.startswith("*") else "left", overflow="fold")
+        table.add_column(
+            column.removeprefix("*"), justify="right" if column.startswith("*") else "left", overflow="fold"
+        )
     return table
 
 

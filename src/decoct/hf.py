@@ -112,7 +112,9 @@ class DecoctQuantizer(HfQuantizer):  # type: ignore[misc]
         """Pack every expert of a layer, also those that were left dense."""
         assert self._model is not None
         layout: dict[str, dict[int, dict[int, PackedWeight]]] = {}
-        block = self._model.family.blocks + "." + path.removeprefix(self._model.family.blocks + ".").split(".", 1)[0] + "."
+        block = (
+            self._model.family.blocks + "." + path.removeprefix(self._model.family.blocks + ".").split(".", 1)[0] + "."
+        )
         for slot in self._model.block_slots:
             if slot.param is not None and slot.expert is not None:
                 packed = self._pending.setdefault(block + slot.name, PackedWeight())

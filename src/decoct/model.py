@@ -183,7 +183,9 @@ def open_model(model: "str | Path | Model") -> Model:
     opened = Model(source, family, _descriptions(source), _lineage(source))
     lacking = opened.missing()
     if lacking:
-        raise ValueError(f"{source.label} lacks {len(lacking)} weights, first {lacking[0]}; the checkpoint is incomplete")
+        raise ValueError(
+            f"{source.label} lacks {len(lacking)} weights, first {lacking[0]}; the checkpoint is incomplete"
+        )
     return opened
 
 
@@ -192,7 +194,7 @@ def _refuse_foreign_quantization(source: Source) -> None:
     method = (quantization or {}).get("quant_method")
     if method not in (None, "decoct"):
         raise ValueError(
-            f"{source.label} is already quantized ({method}); decoct compresses unquantized checkpoints: use the original"
+            f"{source.label} is already quantized ({method}); decoct needs the unquantized checkpoint: use the original"
         )
 
 

@@ -1,4 +1,4 @@
-"""Recipes: YAML or Python data in, stages out. A method's fields are its keys; a wrong key names the nearest right one."""
+"""Recipes: YAML or Python data in, stages out. A method's fields are its keys; a wrong key names the nearest one."""
 
 import difflib
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -112,7 +112,9 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             continue
         found = list(_method_settings(changed.get("stages"), scope))
         if not found:
-            raise RecipeError(f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget or a method")
+            raise RecipeError(
+                f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget or a method"
+            )
         for holder in found:
             holder[scope] = {**(holder[scope] or {}), name: new}
     return changed
@@ -124,7 +126,7 @@ def method_settings(method: Method) -> dict[str, Any]:
     return {name: asdict(method)}
 
 
-def build_method(name: str, value: Any, where: str) -> Method:  # noqa: ANN401 - YAML data
+def build_method(name: str, value: Any, where: str) -> Method:
     """One method from its name and fields.
 
     Raises:
@@ -151,7 +153,7 @@ def build_method(name: str, value: Any, where: str) -> Method:  # noqa: ANN401 -
         raise RecipeError(f"{where}.{name}: {error}") from None
 
 
-def _stage(value: Any, where: str) -> BlocksStage:  # noqa: ANN401 - YAML data
+def _stage(value: Any, where: str) -> BlocksStage:
     kind, inner = _single(value, where)
     if kind != "blocks":
         raise RecipeError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks'])}")
@@ -161,7 +163,7 @@ def _stage(value: Any, where: str) -> BlocksStage:  # noqa: ANN401 - YAML data
     return BlocksStage(steps, {"blocks": [{"linear": [_rule_settings(rule) for rule in rules]} for rules in steps]})
 
 
-def _step(value: Any, where: str) -> tuple[Rule, ...]:  # noqa: ANN401 - YAML data
+def _step(value: Any, where: str) -> tuple[Rule, ...]:
     kind, inner = _single(value, where)
     if kind != "linear":
         raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear'])}")
@@ -169,7 +171,7 @@ def _step(value: Any, where: str) -> tuple[Rule, ...]:  # noqa: ANN401 - YAML da
     return tuple(_rule(rule, f"{where}.linear[{i}]") for i, rule in enumerate(rules))
 
 
-def _rule(value: Any, where: str) -> Rule:  # noqa: ANN401 - YAML data
+def _rule(value: Any, where: str) -> Rule:
     if not isinstance(value, dict):
         raise RecipeError(f"{where}: expected a rule such as {{match: mlp.down, gptq: {{bits: 6}}}}, not {value!r}")
     names = [key for key in value if key not in _RULE_KEYS]
@@ -191,13 +193,13 @@ def _rule_settings(rule: Rule) -> dict[str, Any]:
     return {"match": list(rule.match), **share, **method}
 
 
-def _single(value: Any, where: str) -> tuple[str, Any]:  # noqa: ANN401 - YAML data
+def _single(value: Any, where: str) -> tuple[str, Any]:
     if not isinstance(value, dict) or len(value) != 1:
         raise RecipeError(f"{where} must have exactly one key, not {value!r}")
     return next((str(key), inner) for key, inner in value.items())
 
 
-def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:  # noqa: ANN401 - YAML data
+def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:
     value = {} if value is None else value
     if not isinstance(value, dict):
         raise RecipeError(f"{where}: expected settings, not {value!r}")
@@ -210,25 +212,25 @@ def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:  # noq
         raise RecipeError(f"{where}.{place}: {first['msg']}") from None
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - YAML data
+def _typed(hint: Any, value: Any, where: str) -> Any:
     try:
         return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int))
     except ValidationError as error:
         raise RecipeError(f"{where}: {error.errors()[0]['msg']} (got {value!r})") from None
 
 
-def _check_keys(value: dict[str, Any], known: Any, where: str) -> None:  # noqa: ANN401 - any iterable of names
+def _check_keys(value: dict[str, Any], known: Any, where: str) -> None:
     for key in value:
         if key not in known:
             raise RecipeError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
 
 
-def _nearest(name: str, known: Any) -> str:  # noqa: ANN401 - any iterable of names
+def _nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def _method_settings(value: Any, name: str) -> Any:  # noqa: ANN401 - walks YAML data
+def _method_settings(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         if name in value and name in METHODS:
             yield value

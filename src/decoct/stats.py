@@ -1,4 +1,4 @@
-"""Statistics of a linear layer's inputs: accumulators that merge, so shards, processes and resumed runs add up alike."""
+"""Statistics of a linear layer's inputs: accumulators that merge, so shards and resumed runs add up alike."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +63,7 @@ class Gram:
         return cls(torch.eye(width), 1)
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
-        """Add x·xᵀ of each token. Inputs in bfloat16 are multiplied as such where the CPU can, and summed in float32."""
+        """Add x·xᵀ of each token; bfloat16 inputs are multiplied as such where the CPU can, and summed in float32."""
         exact = x.dtype == torch.bfloat16
         values = x.float()
         with _bf16_products(enabled=exact):
@@ -142,7 +142,7 @@ class ColumnNorm:
             raise ValueError("no calibration token reached this layer")
         return (self.total / self.num_tokens).sqrt().float()
 
-    def through(self, right: Float[Tensor, "rank in"]) -> "ColumnNorm":
+    def through(self, _: Float[Tensor, "rank in"]) -> "ColumnNorm":
         """Not to be had from norms alone.
 
         Raises:
@@ -201,7 +201,7 @@ class Moments:
     Attributes:
         mean: [in].
         mean_abs: [in], mean of |x|.
-        deviation: [in], Σ (x − mean)².
+        deviation: [in], Σ (x - mean)².
         num_tokens: how many inputs it holds.
     """
 
@@ -274,7 +274,7 @@ def _bf16_products(*, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # missing from torch's stubs
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

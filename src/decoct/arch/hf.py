@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from decoct.arch.schema import Config, Family, Slot
 
@@ -43,6 +44,7 @@ class _Relay(nn.Module):
         super().__init__()
         self._tape, self._last = tape, last
 
+    @override
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
         tape = self._tape
         if not tape.calls:
@@ -93,7 +95,7 @@ class Skeleton:
     ) -> Float[Tensor, "batch seq hidden"]:
         """One block's output. `tensors`: its parameters, by name within the block."""
         out = functional_call(self.blocks[index], dict(tensors), (hidden, *call.args), call.kwargs)
-        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+        return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 
     def head(self, hidden: Float[Tensor, "batch seq hidden"], rest: Tensors) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the last block's output: final norm, projection, soft caps as the model has them."""
@@ -104,11 +106,12 @@ class Skeleton:
             out = functional_call(self._model, dict(rest), (), inputs)
         finally:
             self._tape.injected = None
-        return cast(Tensor, out.logits)
+        return cast("Tensor", out.logits)
 
     def head_module(self) -> nn.Module:
         """The output projection, whose input is the edge "final"."""
-        return self._model.get_submodule(self.family.module_name(self.family.head).removesuffix(".weight"))
+        path = self.family.module_name(self.family.head).removesuffix(".weight")
+        return cast("nn.Module", self._model.get_submodule(path))
 
     def block_parameters(self, index: int) -> set[str]:
         """Names of the parameters that `run_block` needs."""
@@ -120,7 +123,7 @@ class Skeleton:
         functional_call(self._model.base_model, base, (), {**inputs, "use_cache": False})
 
 
-def _empty_model(config: Config) -> Any:  # noqa: ANN401 - transformers' model classes are untyped
+def _empty_model(config: Config) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -172,14 +175,14 @@ def expert_inputs(
     """
     hidden, chosen = arguments[0], arguments[1]
     x = hidden[(chosen == expert).any(-1)]
-    gate_up = cast(Tensor, experts.gate_up_proj)[expert]
+    gate_up = cast("Tensor", experts.gate_up_proj)[expert]
     gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
-    activation = cast(nn.Module, experts.act_fn)
+    activation = cast("nn.Module", experts.act_fn)
     return x, activation(gate) * up
 
 
-def dense_model(config: Config, family: Family, tensors: Tensors) -> Any:  # noqa: ANN401 - transformers' model class
-    """transformers' own model holding these tensors (checkpoint names), whole and in memory: to generate text with."""
+def dense_model(config: Config, family: Family, tensors: Tensors) -> Any:
+    """Transformers' own model holding these tensors (checkpoint names), whole and in memory: to generate text with."""
     from transformers import GenerationConfig
 
     model = _empty_model(config)

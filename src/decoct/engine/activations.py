@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decoct.store import atomic_path
+from decoct.store import atomic_path, tensor_bytes
 
 
 class Activations:
@@ -49,7 +49,7 @@ class Activations:
             raise ValueError(f"{path} is missing or damaged, so the run cannot go on; start it again with --fresh")
         self._source = path
         if self._values is not None:
-            flat = _bytes(self._values.reshape(-1))
+            flat = tensor_bytes(self._values)
             with path.open("rb") as handle:
                 handle.readinto(flat)
         return self
@@ -62,7 +62,7 @@ class Activations:
         batch = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         with self._source.open("rb", buffering=0) as handle:
             handle.seek(start * self._sequence_bytes)
-            view, done = _bytes(batch.reshape(-1)), 0
+            view, done = tensor_bytes(batch), 0
             while done < len(view):
                 done += handle.readinto(view[done:]) or 0
         return batch
@@ -78,7 +78,7 @@ class Activations:
             self._values[start : start + batch.shape[0]] = batch
             return
         assert self._target is not None
-        view, done = _bytes(batch.to(self.dtype).contiguous().reshape(-1)), 0
+        view, done = tensor_bytes(batch.to(self.dtype).contiguous()), 0
         self._target.seek(start * self._sequence_bytes)
         while done < len(view):
             done += self._target.write(view[done:]) or 0
@@ -88,7 +88,7 @@ class Activations:
         path = self.path(block)
         if self._values is not None:
             with atomic_path(path) as partial, partial.open("wb") as handle:
-                handle.write(_bytes(self._values.reshape(-1)))
+                handle.write(tensor_bytes(self._values))
         else:
             assert self._target is not None
             os.fsync(self._target.fileno())
@@ -111,8 +111,3 @@ class Activations:
     @property
     def _sequence_bytes(self) -> int:
         return self.shape[1] * self.shape[2] * self.dtype.itemsize
-
-
-def _bytes(flat: Tensor) -> memoryview:
-    """A contiguous tensor's memory."""
-    return memoryview(flat.view(torch.uint8).numpy())

@@ -73,7 +73,7 @@ def chain(*steps: Step) -> Step:
     return step
 
 
-def apply_method(method: Method, weight: Weight, stat: Any, original: Weight, name: str) -> Weight:  # noqa: ANN401
+def apply_method(method: Method, weight: Weight, stat: Any, original: Weight, name: str) -> Weight:
     """Run one method on one weight; errors carry the slot's name.
 
     Raises:

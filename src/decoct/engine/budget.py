@@ -74,7 +74,7 @@ def peak_resident_bytes() -> int:
 
 
 def compute_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """Dtype for running blocks: bfloat16 where the model is in it and this machine multiplies it faster than float32."""
+    """Dtype to run blocks in: bfloat16 if the model is in it and this machine multiplies it faster than float32."""
     if model_dtype != torch.bfloat16:
         return torch.float32
     return torch.bfloat16 if _rate(torch.bfloat16) > 1.2 * _rate(torch.float32) else torch.float32

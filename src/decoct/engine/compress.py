@@ -152,17 +152,14 @@ def _run_stage(
     events: list[Event],
 ) -> dict[str, Any]:
     """Stream one stage into `staged`; gives its entry in the lineage."""
-    entry = {
+    entry: dict[str, Any] = {
         "decoct": __version__,
         "source": {"label": Path(model.source.label).name, "fingerprint": _short(model.source.fingerprint())},
         "stage": stage.description,
-        "data": None if tokens is None else {**job.data.model_dump(), "tokens": tokens_digest(tokens)},
+        "data": None if tokens is None else _data_record(job.data, tokens),
         "compute_dtype": str(plan.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    if tokens is not None:
-        assert entry["data"] is not None
-        entry["data"]["source"] = Path(job.data.source).name if Path(job.data.source).exists() else job.data.source
 
     def note(event: Event) -> None:
         events.append(event)
@@ -185,6 +182,12 @@ def _run_stage(
     if scratch != staged:
         shutil.rmtree(scratch)
     return entry
+
+
+def _data_record(data: Data, tokens: Tensor) -> dict[str, Any]:
+    """Calibration as the lineage tells it; a file by its name alone, so that a moved one is still the same."""
+    source = Path(data.source).name if Path(data.source).exists() else data.source
+    return {**data.model_dump(), "source": source, "tokens": tokens_digest(tokens)}
 
 
 def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:
@@ -238,7 +241,13 @@ def _shards(staged: Path) -> dict[str, str]:
 def _write_summary(job: Job, events: list[Event], started: float) -> None:
     """Times and memory, apart from the checkpoint's own files: those are the same bits however often it was resumed."""
     lines = [
-        {"part": e.part, "error": e.error, "seconds": round(e.seconds, 3), "nbytes": e.nbytes, "starved": list(e.starved)}
+        {
+            "part": e.part,
+            "error": e.error,
+            "seconds": round(e.seconds, 3),
+            "nbytes": e.nbytes,
+            "starved": list(e.starved),
+        }
         for e in events
     ]
     summary = {"seconds": round(time.perf_counter() - started, 1), "peak_bytes": peak_resident_bytes(), "parts": lines}

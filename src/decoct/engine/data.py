@@ -65,7 +65,7 @@ def load_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
     return tokens[: data.num_tokens].reshape(data.num_sequences, data.sequence_length)
 
 
-def text_tokens(source: str, model: Model, at_most: int | None = None) -> Int[Tensor, "tokens"]:
+def text_tokens(source: str, model: Model, at_most: int | None = None) -> Int[Tensor, " tokens"]:
     """Tokens of a text file or hub dataset, from its start, without special tokens.
 
     Args:
@@ -106,7 +106,7 @@ def read_text(source: str, at_most: int | None = None) -> str:
     return _dataset_text(source, at_most)
 
 
-def load_tokenizer(model: Model) -> Any:  # noqa: ANN401 - transformers' tokenizers are untyped
+def load_tokenizer(model: Model) -> Any:
     """The model's own tokenizer.
 
     Raises:
@@ -122,7 +122,9 @@ def load_tokenizer(model: Model) -> Any:  # noqa: ANN401 - transformers' tokeniz
         return AutoTokenizer.from_pretrained(source.folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{source.label}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json there") from None
+        raise ValueError(
+            f"{source.label}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json there"
+        ) from None
 
 
 def tokens_digest(tokens: Tensor) -> str:
@@ -151,9 +153,17 @@ def self_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
             torch.manual_seed(data.seed * 1_000_003 + start)
             batches.append(
                 network.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    max_length=data.sequence_length, max_new_tokens=None, eos_token_id=None, pad_token_id=0,
-                )  # fmt: skip
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_length=data.sequence_length,
+                    max_new_tokens=None,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
             )
     tokens = torch.cat(batches)
     save_safetensors(path, {"tokens": tokens})
@@ -181,7 +191,7 @@ def _cache_folder() -> Path:
     return Path(base)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 - see load_tokenizer
+def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -55,7 +55,7 @@ class Journal:
         shard = self._folder / line["shard"]
         return line if shard.exists() and sha256(shard) == line["sha256"] else None
 
-    def finish(self, part: str, shard: Path, **details: Any) -> None:  # noqa: ANN401 - JSON values
+    def finish(self, part: str, shard: Path, **details: Any) -> None:
         """Note that a part's shard is safely on disk."""
         line = {"part": part, "shard": shard.name, "sha256": sha256(shard), **details}
         self.parts[part] = line

@@ -121,9 +121,7 @@ Chains = dict[str, tuple[Method, ...]]
 
 def _chains(model: Model, assignments: tuple[Assignment, ...]) -> Chains:
     """Each slot's methods over all steps, in order."""
-    return {
-        name: tuple(a.methods[name] for a in assignments if name in a.methods) for name in model.slots()
-    }
+    return {name: tuple(a.methods[name] for a in assignments if name in a.methods) for name in model.slots()}
 
 
 def _check_shapes(model: Model, chains: Chains) -> None:

@@ -55,7 +55,9 @@ def _add_input(stats: dict[type[Any], Any], _: nn.Module, arguments: tuple[Tenso
         stat.add(x.reshape(-1, x.shape[-1]))
 
 
-def _add_expert_inputs(gathered: Gathered, found: list[Edge], experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+def _add_expert_inputs(
+    gathered: Gathered, found: list[Edge], experts: nn.Module, arguments: tuple[Tensor, ...]
+) -> None:
     cache: dict[int, tuple[Tensor, Tensor]] = {}
     for edge in found:
         reader = edge.readers[0]

@@ -18,7 +18,7 @@ class Rule:
 
     Attributes:
         match: shell patterns. Each is compared with a slot's role ("mlp.down"), its address ("3.mlp.down", the block
-            first) and its full name. Routers, embeddings and lm_head match only a pattern that is their very role or name.
+            first) and its full name. Routers, embeddings and lm_head match only a pattern that is their role or name.
         method: what to do, or None.
         min_share: apply only if the matching slots hold at least this fraction of the model's parameters.
     """

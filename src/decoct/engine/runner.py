@@ -77,9 +77,7 @@ class Runner:
     def edge_widths(self) -> dict[str, int]:
         """Features of each edge of a block."""
         model = self.model
-        return {
-            edge.name: model.shape(model.prefix(0) + edge.readers[0].name)[1] for edge in self.edges.values()
-        }
+        return {edge.name: model.shape(model.prefix(0) + edge.readers[0].name)[1] for edge in self.edges.values()}
 
     def reader_paths(self) -> dict[str, str]:
         """Submodule whose input is each slot's input, by slot name."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class _Streamer:
         """Embedding, blocks, then lm_head with what else lies outside the blocks."""
         yield "embedding", self._embedding
         for block in range(self._model.num_blocks):
-            yield f"block {block}", lambda number, total, b=block: self._block(b, number, total)
+            yield f"block {block}", partial(self._block, block)
         yield "lm_head", self._head
 
     def _embedding(self, number: int, total: int) -> dict[str, Any]:
@@ -207,7 +208,9 @@ class _Streamer:
         for number, (start, stop) in enumerate(self._batches()):
             y = runner.run(block, laid, states.read(start, stop))
             if not torch.isfinite(y.sum()):
-                raise ValueError(f"block {block} gives NaN or infinite activations; the checkpoint or the text is damaged")
+                raise ValueError(
+                    f"block {block} gives NaN or infinite activations; the checkpoint or the text is damaged"
+                )
             if number < len(references):
                 reference, update = references[number]
                 lost += float((y.float() - reference.float()).square().sum())
@@ -223,7 +226,9 @@ class _Streamer:
         head = next(iter(original.values())).unpack(self._todo.dtype)
         slot = self._model.family.ends()[1]
         edges = {slot.reads: Edge(slot.reads, (slot,))}
-        with record(runner.skeleton.head_module(), edges, wanted, {slot.reads: head.shape[1]}, {slot.name: ""}) as found:
+        with record(
+            runner.skeleton.head_module(), edges, wanted, {slot.reads: head.shape[1]}, {slot.name: ""}
+        ) as found:
             for start, stop in self._batches():
                 for hidden in states.read(start, stop):  # one sequence at a time: logits are large
                     runner.logits(hidden.unsqueeze(0), head)

@@ -17,9 +17,7 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
 
-def write_shard(
-    path: Path, weights: Mapping[str, Weight], others: Mapping[str, Tensor], transposed: set[str]
-) -> int:
+def write_shard(path: Path, weights: Mapping[str, Weight], others: Mapping[str, Tensor], transposed: set[str]) -> int:
     """Save a part atomically: dense weights under their own names, as any loader expects; the rest described.
 
     Args:
@@ -46,9 +44,7 @@ def write_shard(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def finish_folder(
-    model: Model, staged: Path, folder: Path, shards: Mapping[str, str], entry: dict[str, Any]
-) -> None:
+def finish_folder(model: Model, staged: Path, folder: Path, shards: Mapping[str, str], entry: dict[str, Any]) -> None:
     """Turn finished shards into a checkpoint. Safe to repeat: config.json, without which nothing loads, comes last.
 
     Args:

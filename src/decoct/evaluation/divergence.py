@@ -12,15 +12,15 @@ from torch import Tensor
 class Tally:
     """Per-token losses and divergences, collected over batches of logits."""
 
-    losses: list[Float[Tensor, "tokens"]] = field(default_factory=list)
-    base_losses: list[Float[Tensor, "tokens"]] = field(default_factory=list)
-    divergences: list[Float[Tensor, "tokens"]] = field(default_factory=list)
-    agreements: list[Bool[Tensor, "tokens"]] = field(default_factory=list)
+    losses: list[Float[Tensor, " tokens"]] = field(default_factory=list)
+    base_losses: list[Float[Tensor, " tokens"]] = field(default_factory=list)
+    divergences: list[Float[Tensor, " tokens"]] = field(default_factory=list)
+    agreements: list[Bool[Tensor, " tokens"]] = field(default_factory=list)
 
     def add(
         self,
         logits: Float[Tensor, "tokens vocab"],
-        targets: Int[Tensor, "tokens"],
+        targets: Int[Tensor, " tokens"],
         base: Float[Tensor, "tokens vocab"] | None,
     ) -> None:
         """Take tokens into account.
@@ -36,7 +36,9 @@ class Tally:
             base_logp = torch.log_softmax(base.float(), dim=-1)
             self.base_losses.append(-base_logp.gather(1, targets[:, None])[:, 0])
             self.agreements.append(base_logp.argmax(-1) == logp.argmax(-1))
-            self.divergences.append(torch.nn.functional.kl_div(logp, base_logp, reduction="none", log_target=True).sum(-1))
+            self.divergences.append(
+                torch.nn.functional.kl_div(logp, base_logp, reduction="none", log_target=True).sum(-1)
+            )
 
     def perplexity(self) -> float:
         """exp(mean negative log-likelihood)."""
@@ -46,7 +48,7 @@ class Tally:
         """The same for the base."""
         return exp(float(torch.cat(self.base_losses).double().mean()))
 
-    def kl(self) -> Float[Tensor, "tokens"]:
+    def kl(self) -> Float[Tensor, " tokens"]:
         """KL(base ‖ model) of each token, nats; rounding below zero is cut off."""
         return torch.cat(self.divergences).double().clamp(min=0.0)
 

@@ -1,4 +1,4 @@
-"""One streamed pass over a text: perplexity, and divergence from a base model on the same tokens (METHODS' protocol)."""
+"""One streamed pass over a text: perplexity, and divergence from a base model on the same tokens."""
 
 import hashlib
 import json
@@ -109,10 +109,13 @@ def evaluate_model(
     started = time.perf_counter()
     tokens = _windows(model, text, windows, length, bos)
     if against is not None and against.shape(against.family.embed)[0] != model.shape(model.family.embed)[0]:
-        raise ValueError(f"{model.source.label} and {against.source.label} have different vocabularies; KL needs the same")
+        raise ValueError(
+            f"{model.source.label} and {against.source.label} have different vocabularies; KL needs the same"
+        )
     tally = _run(model, against, tokens, dtype, on_progress)
     kl = tally.kl() if against is not None else None
     count, size = tokens.shape
+    start = "BOS" if bos else "no BOS"
     return Measurement(
         model=model.source.label,
         against=None if against is None else against.source.label,
@@ -135,7 +138,7 @@ def evaluate_model(
         peak_bytes=peak_resident_bytes(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         decoct=__version__,
-        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {'BOS' if bos else 'no BOS'}",
+        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}",
     )
 
 
@@ -146,7 +149,9 @@ def append_measurement(path: Path, measurement: Measurement) -> None:
         handle.write(json.dumps(asdict(measurement)) + "\n")
 
 
-def _windows(model: Model, text: str, windows: int | None, length: int | None, bos: bool) -> Int[Tensor, "windows length"]:
+def _windows(
+    model: Model, text: str, windows: int | None, length: int | None, bos: bool
+) -> Int[Tensor, "windows length"]:
     limit = int(model.config.get("max_position_embeddings") or model.config.get("n_positions") or 2048)
     size = min(2048, limit) if length is None else length
     if not 2 <= size <= limit:
@@ -167,7 +172,11 @@ def _windows(model: Model, text: str, windows: int | None, length: int | None, b
 
 
 def _run(
-    model: Model, against: Model | None, tokens: Int[Tensor, "windows length"], dtype: torch.dtype, on_progress: OnProgress
+    model: Model,
+    against: Model | None,
+    tokens: Int[Tensor, "windows length"],
+    dtype: torch.dtype,
+    on_progress: OnProgress,
 ) -> Tally:
     """Every block of both models in turn, then the logits."""
     runners = [Runner(each, dtype) for each in (model, against) if each is not None]
@@ -200,7 +209,9 @@ def _embed(runner: Runner, tokens: Int[Tensor, "windows length"]) -> Tensor:
 def _advance(runner: Runner, block: int, hidden: Tensor) -> None:
     """Replace hidden states by the block's outputs, in place."""
     model = runner.model
-    weights = {model.prefix(block) + slot.name: model.weight(model.prefix(block) + slot.name) for slot in model.block_slots}
+    weights = {
+        model.prefix(block) + slot.name: model.weight(model.prefix(block) + slot.name) for slot in model.block_slots
+    }
     laid = runner.lay_out(block, weights)
     size = runner.batch_size(*hidden.shape[:2])
     for start in range(0, hidden.shape[0], size):

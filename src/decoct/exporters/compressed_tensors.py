@@ -154,4 +154,3 @@ def _config(model: Model, schemes: dict[str, Scheme | None]) -> dict[str, Any]:
     )
     written: dict[str, Any] = config.model_dump(mode="json")
     return {**written, "quant_method": "compressed-tensors"}
-

@@ -9,6 +9,7 @@ from torch import Tensor
 from decoct.model import Model
 from decoct.store import INDEX, save_safetensors, write_json
 
+
 def parts(model: Model) -> Iterator[list[str]]:
     """Slot names of each part: embedding, each block, lm_head."""
     slots = list(model.slots())

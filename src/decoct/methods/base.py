@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float
@@ -11,6 +12,7 @@ from decoct.stats import Stat
 from decoct.weights import Dense, LowRank, Masked, Shared, Sparse, Weight
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearMethod(ABC):
     """Compresses one matrix at a time. Subclasses are frozen dataclasses; their fields are the recipe's keys.
 
@@ -18,11 +20,10 @@ class LinearMethod(ABC):
         stat: the statistic of the layer's inputs that it needs, or None if it needs no data.
     """
 
-    __slots__ = ()
     stat: ClassVar[type[Any] | None] = None
 
     @abstractmethod
-    def compress(self, weight: Weight, stat: Any) -> Weight:  # noqa: ANN401 - an instance of `self.stat`
+    def compress(self, weight: Weight, stat: Any) -> Weight:
         """The compressed weight; keeps the structure that `weight` already has, or refuses.
 
         Args:
@@ -49,6 +50,7 @@ class LinearMethod(ABC):
         return 100.0 * shape[0] * shape[1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCorrection(ABC):
     """Adds to a compressed matrix some of what it lost, given what it was before the recipe's first step.
 
@@ -56,11 +58,10 @@ class LinearCorrection(ABC):
         stat: as for LinearMethod.
     """
 
-    __slots__ = ()
     stat: ClassVar[type[Any] | None] = None
 
     @abstractmethod
-    def correct(self, weight: Weight, stat: Any, original: Weight) -> Weight:  # noqa: ANN401 - an instance of `self.stat`
+    def correct(self, weight: Weight, stat: Any, original: Weight) -> Weight:
         """The corrected weight.
 
         Raises:

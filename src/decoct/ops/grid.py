@@ -63,13 +63,13 @@ def fit_grid(
     group_size: int | str,
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.float16,
-    importance: Float[Tensor, "cols"] | None = None,
+    importance: Float[Tensor, " cols"] | None = None,
     search: bool = False,
 ) -> Grid:
     """Choose each group's scale (and zero point).
 
     Without `search` the grid spans the group's extremes. With it, the span is shrunk in steps and the one with the
-    least error Σ importance·(w − ŵ)² is kept: clipping a few large weights pays when bits are few.
+    least error Σ importance·(w - ŵ)² is kept: clipping a few large weights pays when bits are few.
 
     Args:
         w: the matrix; any float dtype.
@@ -110,7 +110,7 @@ def quantize(w: Float[Tensor, "rows cols"], grid: Grid) -> UInt8[Tensor, "rows c
     step = max(1, _ROWS_AT_ONCE // cols)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        scale, zero = _grouped(grid, part, cols)
+        scale, zero = _grouped(grid, part)
         groups = w[part].float().reshape(-1, cols // grid.group_size, grid.group_size)
         codes[part] = _round(groups, scale, zero, grid.bits).to(torch.uint8).reshape(-1, cols)
     return codes
@@ -125,13 +125,13 @@ def dequantize(
     step = max(1, _ROWS_AT_ONCE // cols)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        scale, zero = _grouped(grid, part, cols)
+        scale, zero = _grouped(grid, part)
         groups = codes[part].reshape(-1, cols // grid.group_size, grid.group_size).float()
         out[part] = groups.sub_(zero).mul_(scale).reshape(-1, cols).to(dtype)
     return out
 
 
-def _grouped(grid: Grid, part: slice, cols: int) -> tuple[Tensor, Tensor | float]:
+def _grouped(grid: Grid, part: slice) -> tuple[Tensor, Tensor | float]:
     """A row range's scale and zero as [rows, groups, 1], ready to broadcast over [rows, groups, group_size]."""
     whole = grid.scale.shape[0] == 1  # a "tensor" grid: one scale for every row
     scale = (grid.scale if whole else grid.scale[part]).float().unsqueeze(-1)

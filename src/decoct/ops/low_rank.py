@@ -12,7 +12,7 @@ _DAMPING = 1e-6  # of the mean eigenvalue: inputs that never vary still get a fi
 def whitened_low_rank(
     w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"] | None, rank: int
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """A and B that minimise ‖(w − A·B)·S‖ where S·Sᵀ is the inputs' Gram matrix (the identity if None).
+    """A and B that minimise ‖(w - A·B)·S‖ where S·Sᵀ is the inputs' Gram matrix (the identity if None).
 
     With w·S = U·Σ·Vᵀ the answer is A = U_r·Σ_r^½, B = Σ_r^½·V_rᵀ·S⁻¹ (arXiv 2403.07378). U or V comes from the
     eigenvectors of the smaller of the two products (w·S)(w·S)ᵀ and (w·S)ᵀ(w·S), in float64; for the former,

@@ -33,10 +33,7 @@ def pack_bits(codes: Int[Tensor, "*rows n"], bits: int) -> UInt8[Tensor, "*rows 
     width = packed_width(n, bits)
     padded = torch.nn.functional.pad(codes, (0, -n % _LANES))
     lanes = padded.reshape(*codes.shape[:-1], -1, _LANES)
-    if bits in (1, 2, 4):
-        packed = _pack_aligned(lanes, bits)
-    else:
-        packed = _pack_straddling(lanes, bits)
+    packed = _pack_aligned(lanes, bits) if bits in (1, 2, 4) else _pack_straddling(lanes, bits)
     return packed.reshape(*codes.shape[:-1], -1)[..., :width].contiguous()
 
 
@@ -53,15 +50,15 @@ def unpack_bits(packed: UInt8[Tensor, "*rows bytes"], bits: int, count: int) -> 
         return packed[..., :count]
     if bits in (1, 2, 4):
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        return codes.flatten(-2)[..., :count]
+        aligned: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        return aligned.flatten(-2)[..., :count]
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits))
     words = padded.reshape(*packed.shape[:-1], -1, bits).to(torch.int64)
     word = words[..., 0].clone()
     for byte in range(1, bits):
         word |= words[..., byte] << (8 * byte)
     shifts = torch.arange(_LANES, device=packed.device) * bits
-    codes = (word.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (word.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(-2)[..., :count]
 
 

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from decoct.weights import Weight
 
@@ -28,13 +29,14 @@ class PackedWeight(nn.Module):
         assert self._template is not None, "the weight has not been loaded"
         return self._template.with_tensors(self._tensors())
 
+    @override
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The matrix [out, in]."""
         return self.expression().unpack(dtype)
 
     def _tensors(self) -> dict[str, Tensor]:
         assert self._template is not None
-        return {name: cast(Tensor, getattr(self, _buffer(name))) for name in self._template.tensors()}
+        return {name: cast("Tensor", getattr(self, _buffer(name))) for name in self._template.tensors()}
 
     def preview(self) -> Tensor:
         """The matrix for code that looks at `.weight`; empty before loading, when initialisers look at it."""
@@ -54,6 +56,7 @@ class PackedLinear(nn.Module):
         """The matrix, unpacked: for code that looks at it."""
         return self.packed.preview()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.packed(x.dtype), self.bias)
 
@@ -77,6 +80,7 @@ class PackedEmbedding(nn.Module):
         """The table, unpacked: for code that looks at it."""
         return self.packed.preview()
 
+    @override
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.packed.expression().unpack_rows(ids, self.dtype)
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale, dtype=self.dtype)
@@ -99,12 +103,13 @@ class PackedExperts(nn.Module):
             {name: nn.ModuleList(w for rows in experts_ for w in rows) for name, experts_ in packed.items()}
         )
 
+    @override
     def forward(self, hidden: Tensor, *args: Tensor) -> Tensor:
         fused = {name: self._fused(name, hidden.dtype) for name in self._layout}
-        return cast(Tensor, functional_call(self._experts[0], fused, (hidden, *args)))
+        return cast("Tensor", functional_call(self._experts[0], fused, (hidden, *args)))
 
     def _fused(self, name: str, dtype: torch.dtype) -> Tensor:
-        weights = iter(cast(nn.ModuleList, self.packed[name]))
+        weights = iter(cast("nn.ModuleList", self.packed[name]))
         experts = [torch.cat([next(weights)(dtype) for _ in range(rows)]) for rows in self._layout[name]]
         return torch.stack(experts)
 

@@ -8,10 +8,11 @@ Writing is left to the library.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 from decoct.store.files import atomic_path
 
@@ -56,7 +57,7 @@ class SafetensorsFile:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         if nbytes == 0:
             return torch.empty(shape, dtype=info.dtype)
-        view = memoryview(buffer.numpy())
+        view = tensor_bytes(buffer)
         with self.path.open("rb", buffering=0) as handle:
             handle.seek(start)
             done = 0
@@ -66,6 +67,11 @@ class SafetensorsFile:
                     raise ValueError(f"{self.path} ends inside tensor {name}; it is truncated, download it again")
                 done += count
         return buffer.view(info.dtype).reshape(shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to read into or write from."""
+    return memoryview(cast("Buffer", tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:

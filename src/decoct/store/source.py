@@ -26,8 +26,13 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.ti
 class Source(Protocol):
     """A checkpoint, opened: the config and lazily read tensors."""
 
-    config: dict[str, Any]
-    label: str
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
 
     def names(self) -> Iterable[str]:
         """Every tensor's name."""
@@ -107,7 +112,9 @@ class FolderSource:
         manifest = self.manifest()
         for name, digest in (manifest or {}).get("shards", {}).items():
             if sha256(self.folder / name) != digest:
-                raise ValueError(f"{self.folder / name} is corrupt: its checksum differs from {MANIFEST}; write it again")
+                raise ValueError(
+                    f"{self.folder / name} is corrupt: its checksum differs from {MANIFEST}; write it again"
+                )
 
 
 def open_source(model: str | Path) -> Source:
@@ -132,8 +139,10 @@ def open_source(model: str | Path) -> Source:
 def _open_folder(folder: Path) -> FolderSource:
     if not (folder / "config.json").exists():
         unfinished = (folder / ".run").exists()
-        hint = "its compression was interrupted; run the same command again to finish it" if unfinished else (
-            "it is not a Hugging Face model folder"
+        hint = (
+            "its compression was interrupted; run the same command again to finish it"
+            if unfinished
+            else ("it is not a Hugging Face model folder")
         )
         raise ValueError(f"{folder} has no config.json; {hint}")
     config = read_json(folder / "config.json")

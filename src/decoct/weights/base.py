@@ -32,14 +32,12 @@ class Weight:
         """The matrix, in `dtype` (default: `self.dtype`). Never shares memory that a caller may write to."""
         raise NotImplementedError
 
-    def unpack_rows(
-        self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "*n in"]:
+    def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         """Some rows of the matrix: what an embedding looks up. Subclasses do it without unpacking the rest."""
         return self.unpack(dtype)[rows]
 
     def children(self) -> dict[str, "Weight"]:
-        """Nested weights by field name; tuples give name.0, name.1, …"""
+        """Nested weights by field name; a tuple's members as name.0, name.1 and so on."""
         found: dict[str, Weight] = {}
         for field in fields(self):
             value = getattr(self, field.name)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from decoct.weights.base import Weight
 
@@ -32,8 +33,10 @@ class Dense(Weight):
             raise ValueError(f"a weight is a matrix [out, in], not a tensor of shape {list(values.shape)}")
         return cls((values.shape[0], values.shape[1]), values.dtype, values)
 
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         return self.values.detach().to(dtype or self.dtype)
 
+    @override
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         return self.values[rows].to(dtype or self.dtype)

@@ -15,9 +15,16 @@ from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
 
-WEIGHTS: dict[str, type[Weight]] = {
-    cls.kind: cls for cls in (Dense, GroupInt, Masked, Sparse, LowRank, Sum, Shared)
-}
+WEIGHTS: dict[str, type[Weight]] = {cls.kind: cls for cls in (Dense, GroupInt, Masked, Sparse, LowRank, Sum, Shared)}
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
 
 
 def describe(weight: Weight) -> dict[str, Any]:
@@ -104,6 +111,7 @@ def _decode(value: object, tensors: dict[str, Tensor], where: str, key: str) -> 
         case {"tensor": dtype, "shape": shape}:
             return _checked(tensors.get(key), _dtype(dtype), shape, where)
         case {"kind": _}:
+            assert isinstance(value, dict)
             below = {k.removeprefix(f"{key}."): v for k, v in tensors.items() if k.startswith(f"{key}.")}
             return rebuild(value, below, where)
         case {"dtype": dtype}:
@@ -128,7 +136,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if name not in _DTYPES:
         raise ValueError(f"unknown dtype {name!r} in the description of a weight")
-    return dtype
+    return _DTYPES[name]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from typing_extensions import override
 
 from decoct.ops.grid import Grid, dequantize
 from decoct.ops.packing import pack_bits, unpack_bits
@@ -60,9 +61,11 @@ class GroupInt(Weight):
         """The unsigned codes, one byte each."""
         return unpack_bits(self.codes, self.bits, self.shape[1])
 
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         return dequantize(self.unpack_codes(), self.grid(), dtype or self.dtype)
 
+    @override
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         packed = self.codes[rows]
         lead, width = packed.shape[:-1], self.shape[1]

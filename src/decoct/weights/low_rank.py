@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from decoct.weights.base import Weight
 
@@ -39,10 +40,12 @@ class LowRank(Weight):
         """Width of the bottleneck."""
         return self.left.shape[1]
 
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         product = self.left.unpack(torch.float32) @ self.right.unpack(torch.float32)
         return product.to(dtype or self.dtype)
 
+    @override
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         product = self.left.unpack_rows(rows, torch.float32) @ self.right.unpack(torch.float32)
         return product.to(dtype or self.dtype)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from typing_extensions import override
 
 from decoct.ops.packing import pack_mask, unpack_mask
 from decoct.weights.base import Weight
@@ -33,8 +34,10 @@ class Masked(Weight):
         """True where an entry may be other than zero."""
         return unpack_mask(self.mask, self.shape[1])
 
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         return self.inner.unpack(dtype or self.dtype) * self.survivors()
 
+    @override
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         return self.inner.unpack_rows(rows, dtype or self.dtype) * unpack_mask(self.mask[rows], self.shape[1])

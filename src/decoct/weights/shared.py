@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from decoct.weights.base import Weight
 
@@ -37,9 +38,11 @@ class Shared(Weight):
         assert not tensors
         return self
 
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         return self._resolved().unpack(dtype or self.dtype)
 
+    @override
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         return self._resolved().unpack_rows(rows, dtype or self.dtype)
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
+from typing_extensions import override
 
 from decoct.ops.packing import pack_mask, packed_width, unpack_mask
 from decoct.weights.base import Weight
@@ -23,10 +24,10 @@ class Sparse(Weight):
     """
 
     kind: ClassVar[str] = "Sparse"
-    values: Float[Tensor, "survivors"]
-    counts: Int[Tensor, "out"] | None
+    values: Float[Tensor, " survivors"]
+    counts: Int[Tensor, " out"] | None
     bitmap: UInt8[Tensor, "out mask_bytes"] | None
-    columns: Int[Tensor, "survivors"] | None
+    columns: Int[Tensor, " survivors"] | None
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "out in"], survivors: Bool[Tensor, "out in"]) -> "Sparse":
@@ -55,6 +56,7 @@ class Sparse(Weight):
         mask[self._row_numbers(), self.columns.long()] = True
         return mask
 
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         out = torch.zeros(self.shape, dtype=dtype or self.dtype, device=self.values.device)
         values = self.values.to(out.dtype)
@@ -64,7 +66,7 @@ class Sparse(Weight):
             out.masked_scatter_(self.survivors(), values)
         return out
 
-    def _row_numbers(self) -> Shaped[Tensor, "survivors"]:
+    def _row_numbers(self) -> Shaped[Tensor, " survivors"]:
         assert self.counts is not None
         rows = torch.arange(self.shape[0], device=self.values.device)
         return rows.repeat_interleave(self.counts.long())

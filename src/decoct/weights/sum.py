@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from decoct.weights.base import Weight
 
@@ -32,12 +33,14 @@ class Sum(Weight):
             raise ValueError(f"a sum takes two or more weights of one shape, not {[list(t.shape) for t in terms]}")
         return cls(terms[0].shape, terms[0].dtype, terms)
 
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         total = self.terms[0].unpack(torch.float32)
         for term in self.terms[1:]:
             total = total + term.unpack(torch.float32)
         return total.to(dtype or self.dtype)
 
+    @override
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         parts = [term.unpack_rows(rows, torch.float32) for term in self.terms]
         return torch.stack(parts).sum(0).to(dtype or self.dtype)

@@ -86,7 +86,7 @@ def gptq_round(
     damping: float = 0.01,
     act_order: bool = True,
 ) -> UInt8[Tensor, "out in"]:
-    """Codes on `grid` that minimise tr((w − ŵ)·H·(w − ŵ)ᵀ) greedily, feature by feature.
+    """Codes on `grid` that minimise tr((w - ŵ)·H·(w - ŵ)ᵀ) greedily, feature by feature.
 
     Features are split in half recursively: the left half is rounded, its errors are pushed into the right half by one
     matrix product, then the right half is rounded. That is GPTQ's update in another order of summation, and nearly
@@ -121,9 +121,7 @@ def gptq_round(
 class _Rounder:
     """The state of one matrix's elimination; features are rows here."""
 
-    def __init__(
-        self, features: Tensor, U: Tensor, grid: Grid, order: Tensor, survivors: Tensor | None
-    ) -> None:
+    def __init__(self, features: Tensor, U: Tensor, grid: Grid, order: Tensor, survivors: Tensor | None) -> None:
         self._features, self._U, self._survivors = features, U, survivors
         group = order // grid.group_size
         whole = grid.scale.shape[1] == 1
@@ -144,9 +142,7 @@ class _Rounder:
             return
         middle = start + (stop - start + 1) // 2
         self.run(start, middle)
-        self._features[middle:stop].addmm_(
-            self._U[start:middle, middle:stop].T, self._errors[start:middle], alpha=-1.0
-        )
+        self._features[middle:stop].addmm_(self._U[start:middle, middle:stop].T, self._errors[start:middle], alpha=-1.0)
         self.run(middle, stop)
 
     def _leaf(self, start: int, stop: int) -> None:
