@@ -1,7 +1,7 @@
 """Quality of the first four methods on the testbed: perplexity, KL, top-1, bits per weight, seconds, peak memory.
 
-Resumable: every finished row is a line of bench/results/spine.jsonl and is not measured again. Each compression and each
-evaluation is a process of its own, so that peak memory is that row's alone.
+Resumable: every finished row is a line of bench/results/spine.jsonl and is not measured again. Each compression and
+each evaluation is a process of its own, so that peak memory is that row's alone.
 
 usage: spine.py --model TESTBED --calibration c4.utf8 --text wiki.test.raw [--work DIR] [--rows NAME ...]
 """
@@ -31,10 +31,12 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "wanda 50 %": ("standard", [{"wanda": {"sparsity": 0.5}}]),
     "svd_llm keep 0.8": ("standard", [{"svd_llm": {"keep": 0.8}}]),
     "gptq 4 bit, min-max scales": ("quick", [{"gptq": {"bits": 4, "clip_search": False, **GROUPS}}]),
-    "gptq 4 bit": ("standard", [{"gptq": {"bits": 4, **GROUPS}}]),
     "gptq 3 bit, then eora rank 16": ("quick", [{"gptq": {"bits": 3, **GROUPS}}, {"eora": {"rank": 16}}]),
     "wanda 50 %, then gptq 4 bit": ("quick", [{"wanda": {"sparsity": 0.5}}, {"gptq": {"bits": 4, **GROUPS}}]),
-    "svd_llm keep 0.8, then rtn 8 bit": ("quick", [{"svd_llm": {"keep": 0.8}}, {"rtn": {"bits": 8, "group_size": "channel"}}]),
+    "svd_llm keep 0.8, then rtn 8 bit": (
+        "quick",
+        [{"svd_llm": {"keep": 0.8}}, {"rtn": {"bits": 8, "group_size": "channel"}}],
+    ),
     "rtn 8 bit, embedding too": ("quick", [{"match": ["embed", "*"], "rtn": {"bits": 8, **GROUPS}}]),
 }
 
@@ -74,13 +76,24 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    made = decoct("--threads", "2", "compress", args.model, file, "-o", out, *([] if (out / ".run").exists() else ["--fresh"]))
+    made = decoct(
+        "--threads", "2", "compress", args.model, file, "-o", out, *([] if (out / ".run").exists() else ["--fresh"])
+    )
     found = decoct(
         "--threads", "2", "evaluate", out, "--against", args.model, "--text", args.text,
         "--windows", protocol["windows"], "--length", protocol["window"],
     )  # fmt: skip
     shutil.rmtree(out)
-    keys = ("perplexity", "base_perplexity", "kl_mean", "kl_p99", "kl_p999", "top1_agreement", "nbytes", "bits_per_weight")
+    keys = (
+        "perplexity",
+        "base_perplexity",
+        "kl_mean",
+        "kl_p99",
+        "kl_p999",
+        "top1_agreement",
+        "nbytes",
+        "bits_per_weight",
+    )
     figures = {key: found[key] for key in keys}
     return {
         "row": row, "protocol": name, "calibration": f"{protocol['sequences']}x{protocol['length']} {args.calibration.name}",

@@ -48,7 +48,9 @@ def main() -> None:
     base = decoct.open_model(source)
     screen.inspection(decoct.inspect(base))
 
-    screen.line("\n2. Compress to 4 bits with GPTQ, calibrated on text that the model writes itself (decoct compress --preset w4)")
+    screen.line(
+        "\n2. Compress to 4 bits with GPTQ, calibrated on text that the model writes itself (decoct compress --preset w4)"
+    )
     fresh = not (OUT / RUN_FOLDER).exists()
     with Console.for_stderr().progress() as watch:
         result = decoct.compress(base, "w4", OUT, settings=SETTINGS, fresh=fresh, watch=watch)
@@ -73,7 +75,9 @@ def main() -> None:
     table.add_row("compression took", "", f"{read_summary(OUT)['seconds']:.0f} s")
     table.add_row("peak memory of the compression", "", format_size(result.peak_bytes))
     rich.console.Console(highlight=False).print("\n", table)
-    screen.line(f"Measured on {found.protocol} of WikiText-2 (raw test), in {found.dtype}, {time.perf_counter() - started:.0f} s.")
+    screen.line(
+        f"Measured on {found.protocol} of WikiText-2 (raw test), in {found.dtype}, {time.perf_counter() - started:.0f} s."
+    )
     screen.line("The demo model was stored in 4 bits before (see demo/README.md); real figures are in bench/spine.md.")
 
     screen.line("\n4. The compressed model writes, loaded by transformers with its weights packed")

@@ -1,0 +1,209 @@
+"""What every kind of weight owes its readers: a matrix, some of its rows, its exact size."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from decoct.ops.packing import packed_width
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight
+from tests.weights.samples import IN, OUT, RANK, dense, group_int, low_rank, mask, samples, sparse
+
+SAMPLES = samples()
+EVERY = pytest.mark.parametrize("weight", SAMPLES.values(), ids=SAMPLES.keys())
+ROWS = [
+    slice(None), slice(2, 7), slice(None, None, 3), torch.tensor(3), torch.tensor([5]), torch.tensor([0, 11, 3, 3]),
+    torch.tensor([[1, 2, 3], [9, 9, 0]]), torch.zeros(2, 1, 3, dtype=torch.long),
+    torch.tensor([-1, 2], dtype=torch.int32),
+]  # fmt: skip
+
+
+@EVERY
+def test_unpack_has_the_declared_shape_and_any_dtype_asked_for(weight: Weight) -> None:
+    assert weight.unpack().shape == torch.Size(weight.shape)
+    assert weight.unpack().dtype == weight.dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        matrix = weight.unpack(dtype)
+        assert matrix.dtype == dtype
+        assert bool(torch.isfinite(matrix).all())
+    torch.testing.assert_close(weight.unpack(), weight.unpack(torch.float32).to(weight.dtype), rtol=1e-2, atol=1e-2)
+
+
+@EVERY
+def test_unpack_rows_gives_rows_of_unpack(weight: Weight) -> None:
+    for dtype in (None, torch.float32):
+        whole = weight.unpack(dtype)
+        for rows in ROWS if weight.shape[0] > 1 else [slice(None), torch.zeros(2, 3, dtype=torch.long)]:
+            check_rows(weight, weight.unpack_rows(rows, dtype), whole[rows])
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse-bitmap", "masked(int)", "low_rank-bf16", "int3-8-sym", "int4-8-sym"])
+def test_no_rows_are_no_rows(name: str) -> None:
+    for rows in (slice(4, 4), torch.zeros(0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)):
+        check_rows(SAMPLES[name], SAMPLES[name].unpack_rows(rows), SAMPLES[name].unpack()[rows])
+
+
+def check_rows(weight: Weight, found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    if any(isinstance(node, LowRank | Sum) for node in weight.walk()):  # a product of other shape sums otherwise
+        tolerance = 1e-2 if found.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    else:
+        assert torch.equal(found, expected)
+
+
+@EVERY
+def test_nbytes_is_exactly_what_is_stored(weight: Weight) -> None:
+    stored = weight.tensors()
+    assert weight.nbytes == sum(t.numel() * t.element_size() for t in stored.values())
+    assert weight.bits_per_weight == pytest.approx(8 * weight.nbytes / (weight.shape[0] * weight.shape[1]))
+    assert all(t.untyped_storage().nbytes() < t.nbytes + 8 for t in stored.values()), "a view keeps more alive"
+
+
+@EVERY
+def test_with_its_own_tensors_it_is_itself_and_with_others_it_changes(weight: Weight) -> None:
+    own = weight.tensors()
+    same = weight.with_tensors(own)
+    assert type(same) is type(weight)
+    assert torch.equal(same.unpack(), weight.unpack())
+    other = weight.with_tensors({name: torch.zeros_like(t) for name, t in own.items()})
+    assert {name: (t.shape, t.dtype) for name, t in other.tensors().items()} == {
+        name: (t.shape, t.dtype) for name, t in own.items()
+    }
+    assert not any(t.any() for t in other.tensors().values())
+    assert torch.equal(same.unpack(), weight.unpack())
+
+
+@EVERY
+def test_walk_and_tensors_agree(weight: Weight) -> None:
+    nodes = list(weight.walk())
+    assert nodes[0] is weight
+    assert sum(len(node.own_tensors()) for node in nodes) == len(weight.tensors())
+    for name, child in weight.children().items():
+        for key, tensor in child.tensors().items():
+            assert weight.tensors()[f"{name}.{key}"] is tensor
+
+
+@EVERY
+def test_weights_are_frozen(weight: Weight) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weight.shape = (1, 1)  # type: ignore[misc]
+
+
+@EVERY
+def test_compressed_weights_unpack_into_memory_of_their_own(weight: Weight) -> None:
+    if isinstance(weight, Dense | Shared):
+        return  # a dense matrix is not copied
+    before = weight.unpack().clone()
+    weight.unpack().zero_()
+    weight.unpack_rows(slice(0, 1)).zero_()
+    assert torch.equal(weight.unpack(), before)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_group_int_costs_its_bits_and_its_side_data(bits: int, symmetric: bool) -> None:
+    weight = group_int(64, 128, bits, 32, symmetric)
+    zero_bytes = 0 if symmetric else 64 * packed_width(4, bits)
+    assert weight.nbytes == 64 * 128 * bits // 8 + 64 * 4 * 2 + zero_bytes
+    assert weight.symmetric == symmetric
+    assert int(weight.unpack_codes().max()) < 2**bits
+
+
+def test_group_int_codes_and_grid_come_back() -> None:
+    weight = group_int(bits=3, symmetric=False)
+    grid = weight.grid()
+    assert grid.zero is not None
+    assert (grid.bits, grid.group_size) == (3, 8)
+    groups = (weight.unpack_codes().float() - grid.columns(0, IN)[1]) * grid.columns(0, IN)[0]
+    assert torch.equal(weight.unpack(), groups)
+
+
+def test_dense_is_the_matrix_and_nothing_else_is() -> None:
+    matrix = torch.randn(3, 5)
+    assert torch.equal(Dense.of(matrix).unpack(), matrix)
+    with pytest.raises(ValueError, match=r"a weight is a matrix \[out, in\], not a tensor of shape \[5\]"):
+        Dense.of(torch.zeros(5))
+
+
+def test_low_rank_is_a_product() -> None:
+    left, right = dense(OUT, RANK, 1), dense(RANK, IN, 2)
+    weight = LowRank.of(left, right)
+    assert weight.rank == RANK
+    torch.testing.assert_close(weight.unpack(), left.values @ right.values)
+    with pytest.raises(ValueError, match=r"factors \[12, 8\] and \[12, 8\] do not multiply"):
+        LowRank.of(left, left)
+
+
+def test_sum_adds_terms_of_one_shape() -> None:
+    a, b = dense(seed=1), dense(seed=2)
+    assert torch.equal(Sum.of(a, b).unpack(), a.values + b.values)
+    for terms in ((a,), (), (a, dense(IN, OUT))):
+        with pytest.raises(ValueError, match="a sum takes two or more weights of one shape"):
+            Sum.of(*terms)
+
+
+def test_sum_of_half_precision_terms_is_rounded_once() -> None:
+    a, b = dense(seed=1, dtype=torch.bfloat16), dense(seed=2, dtype=torch.bfloat16)
+    assert torch.equal(Sum.of(a, b).unpack(), (a.values.float() + b.values.float()).bfloat16())
+
+
+def test_masked_zeros_what_the_mask_drops() -> None:
+    kept = mask()
+    weight = Masked.of(group_int(), kept)
+    assert torch.equal(weight.survivors(), kept)
+    assert torch.equal(weight.unpack(), torch.where(kept, group_int().unpack(), 0))
+    assert weight.nbytes == group_int().nbytes + OUT * packed_width(IN, 1)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.03, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize("cols", [1, 200, 2**15, 2**15 + 8])
+def test_sparse_picks_the_smaller_encoding(cols: int, keep: float) -> None:
+    matrix, kept = torch.randn(4, cols), mask(4, cols, keep)
+    weight = Sparse.of(matrix, kept)
+    total, index = int(kept.sum()), 2 if cols <= 2**15 else 4
+    values = 4 * total
+    assert weight.nbytes == values + min(4 * packed_width(cols, 1), total * index + 4 * 4)
+    assert (weight.bitmap is None) == (weight.columns is not None) == (weight.counts is not None)
+    assert torch.equal(weight.survivors(), kept)
+    assert torch.equal(weight.unpack(), torch.where(kept, matrix, 0))
+
+
+def test_sparse_keeps_survivors_that_happen_to_be_zero() -> None:
+    matrix, kept = torch.zeros(2, 8), mask(2, 8)
+    assert torch.equal(Sparse.of(matrix, kept).survivors(), kept)
+
+
+def test_shared_stores_nothing_and_reads_through_its_owner() -> None:
+    weight = Shared.of("model.embed_tokens.weight", group_int())
+    assert weight.nbytes == 0
+    assert weight.tensors() == {}
+    assert list(weight.walk()) == [weight]
+    assert torch.equal(weight.unpack(), group_int().unpack())
+    unresolved = Shared((OUT, IN), torch.float32, "model.embed_tokens.weight")
+    for read in (unresolved.unpack, lambda: unresolved.unpack_rows(slice(0, 1))):
+        with pytest.raises(ValueError, match=r"shared with model\.embed_tokens\.weight, which has not been loaded"):
+            read()
+
+
+def test_nested_tensors_have_dotted_names() -> None:
+    weight = Sum.of(Masked.of(group_int(symmetric=False), mask()), low_rank(), sparse())
+    assert sorted(weight.tensors()) == [
+        "terms.0.inner.codes", "terms.0.inner.scale", "terms.0.inner.zero", "terms.0.mask", "terms.1.left.values",
+        "terms.1.right.values", "terms.2.bitmap", "terms.2.values",
+    ]  # fmt: skip
+
+
+def test_gradients_are_not_dragged_along() -> None:
+    weight = Dense.of(torch.randn(3, 4, requires_grad=True))
+    assert not weight.unpack().requires_grad
+    assert not weight.unpack_rows(slice(0, 2)).requires_grad
+
+
+def test_every_kind_is_sampled() -> None:
+    from decoct.weights import WEIGHTS
+
+    assert {node.kind for weight in SAMPLES.values() for node in weight.walk()} == set(WEIGHTS)
+    assert all(cls.kind == cls.__name__ == name for name, cls in WEIGHTS.items())
+    assert GroupInt.kind in WEIGHTS
