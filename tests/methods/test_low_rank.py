@@ -71,16 +71,19 @@ def test_factorized_then_eight_bits_is_a_product_of_integers(dtype: torch.dtype,
     assert weight.nbytes < 0.6 * factors.nbytes
 
 
-def test_gptq_of_factors_sees_what_the_right_one_puts_out() -> None:
-    w, x = gaussian(48, 64), correlated(200, 64)
-    factors = SVDLLM(keep=0.8, rank_multiple=16).compress(Dense.of(w), gram(x))
-    settings = {"bits": 3, "group_size": 16}
-    nearest = RTN(**settings).compress(factors)
-    weight = GPTQ(**settings).compress(factors, gram(x))
+def test_gptq_of_factors_gives_the_left_one_what_the_right_one_puts_out() -> None:
+    """Factors that are not whitened: those of SVD-LLM put out features that are uncorrelated already."""
+    x, left, right = correlated(200, 64), gaussian(48, 16, seed=4), gaussian(16, 64, seed=5)
+    method = GPTQ(bits=3, group_size=16)
+    weight = method.compress(LowRank.of(Dense.of(left), Dense.of(right)), gram(x))
     assert isinstance(weight, LowRank)
-    assert isinstance(weight.left, GroupInt)
-    whole = factors.unpack()
-    assert output_error(weight.unpack() - whole, x) < 0.8 * output_error(nearest.unpack() - whole, x)
+    new_right = method.compress(Dense.of(right), gram(x))
+    new_left = method.compress(Dense.of(left), gram(x @ new_right.unpack().T))
+    assert torch.equal(weight.right.unpack(), new_right.unpack())
+    differing = (weight.left.unpack() != new_left.unpack()).any(1)  # one row for a tie, as in test_gptq
+    assert int(differing.sum()) <= 1
+    nearest = RTN(bits=3, group_size=16).compress(LowRank.of(Dense.of(left), Dense.of(right)))
+    assert output_error(weight.unpack() - left @ right, x) < 0.8 * output_error(nearest.unpack() - left @ right, x)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decoct.engine.budget import Budget, peak_resident_bytes
 from decoct.engine.data import Data, load_tokens, tokens_digest
-from decoct.engine.journal import Journal, exclusive
+from decoct.engine.journal import JOURNAL, Journal, exclusive, recorded_dtype
 from decoct.engine.plan import Plan, make_plan
 from decoct.engine.rules import Rule
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
@@ -109,7 +109,9 @@ def compress_job(job: Job, watch: Watch) -> Result:
     started = time.perf_counter()
     run = job.out / RUN_FOLDER
     _check_output(job, run)
-    plan = make_plan(job.model, job.stages[0].steps, job.data, job.budget, job.out)
+    plan = _plan(job, 0, job.model, run)
+    if job.fresh:
+        shutil.rmtree(job.out if (job.out / MANIFEST).exists() else run, ignore_errors=True)
     with exclusive(run):
         _check_source(job.model, thorough=plan.needs_data)
         events: list[Event] = []
@@ -118,14 +120,15 @@ def compress_job(job: Job, watch: Watch) -> Result:
         for number, stage in enumerate(job.stages):
             last = number == len(job.stages) - 1
             if number > 0:
-                plan = make_plan(model, stage.steps, job.data, job.budget, job.out)
+                plan = _plan(job, number, model, run)
             watch.planned(plan)
             if plan.needs_data and tokens is None:
                 tokens = _tokens(job, run, watch)
             staged = run / f"stage-{number}"
-            events.clear()
-            entry = _run_stage(job, stage, plan, model, tokens if plan.needs_data else None, staged, watch, events)
             folder = job.out if last else run / f"result-{number}"
+            events.clear()
+            used = tokens if plan.needs_data else None
+            entry = _run_stage(job, stage, plan, model, used, (staged, folder), watch, events)
             finish_folder(model, staged, folder, _shards(staged), entry)
             model = open_model(folder)
         _write_summary(job, events, started)
@@ -147,11 +150,12 @@ def _run_stage(
     plan: Plan,
     model: Model,
     tokens: Int[Tensor, "sequences length"] | None,
-    staged: Path,
+    places: tuple[Path, Path],
     watch: Watch,
     events: list[Event],
 ) -> dict[str, Any]:
-    """Stream one stage into `staged`; gives its entry in the lineage."""
+    """Stream one stage into the first of `places` (the second: where it will go); gives its entry in the lineage."""
+    staged, folder = places
     entry: dict[str, Any] = {
         "decoct": __version__,
         "source": {"label": Path(model.source.label).name, "fingerprint": _short(model.source.fingerprint())},
@@ -175,7 +179,7 @@ def _run_stage(
         in_memory=plan.in_memory,
         folder=staged,
         scratch=scratch,
-        journal=Journal(staged, entry),
+        journal=Journal(staged, entry, folder),
         on_event=note,
     )
     run_pass(todo)
@@ -188,6 +192,13 @@ def _data_record(data: Data, tokens: Tensor) -> dict[str, Any]:
     """Calibration as the lineage tells it; a file by its name alone, so that a moved one is still the same."""
     source = Path(data.source).name if Path(data.source).exists() else data.source
     return {**data.model_dump(), "source": source, "tokens": tokens_digest(tokens)}
+
+
+def _plan(job: Job, number: int, model: Model, run: Path) -> Plan:
+    """Plan a stage. A resumed one computes in what it began with: measuring again might choose otherwise."""
+    journal = run / f"stage-{number}" / JOURNAL
+    dtype = None if job.fresh else recorded_dtype(journal)
+    return make_plan(model, job.stages[number].steps, job.data, job.budget, job.out, dtype)
 
 
 def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:
@@ -213,10 +224,10 @@ def _check_output(job: Job, run: Path) -> None:
         raise ValueError(f"{out} is the model itself; choose another folder for the result")
     finished = (out / MANIFEST).exists()
     if job.fresh and (finished or run.exists()):
-        shutil.rmtree(out if finished else run)
-    elif finished and not run.exists():
+        return
+    if finished and not run.exists():
         raise ValueError(f"{out} already holds a finished model; choose another folder, or add --fresh to replace it")
-    elif out.exists() and not run.exists() and any(out.iterdir()):
+    if out.exists() and not run.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run of decoct; choose another folder")
 
 
@@ -233,7 +244,7 @@ def _check_source(model: Model, *, thorough: bool) -> None:
 
 
 def _shards(staged: Path) -> dict[str, str]:
-    lines = (staged / "journal.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    lines = (staged / JOURNAL).read_text(encoding="utf-8").splitlines()[1:]
     entries = [json.loads(line) for line in lines]
     return dict(sorted((entry["shard"], entry["sha256"]) for entry in entries))
 

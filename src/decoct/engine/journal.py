@@ -7,28 +7,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from decoct.store import sha256
 
-_NAME = "journal.jsonl"
+JOURNAL = "journal.jsonl"
+"""The journal's name in a stage's folder."""
 
 
 class Journal:
     """An append-only list of finished parts; the first line says which run they belong to."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], result: Path) -> None:
         """Open or start the journal of a run.
 
         Args:
-            folder: where it lies.
+            folder: where it lies, and where shards are written.
+            result: where finished shards are moved in the end.
             identity: everything that determines the result (recipe, source, tokens, …).
 
         Raises:
             ValueError: the folder holds an unfinished run with another identity.
         """
-        self._path = folder / _NAME
-        self._folder = folder
+        self._path = folder / JOURNAL
+        self._places = (folder, result)
         self.parts: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         lines = _whole_lines(self._path)
@@ -40,7 +43,7 @@ class Journal:
         if before != identity:
             changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
             raise ValueError(
-                f"{folder.parent} holds an unfinished run with another {', '.join(changed)}; repeat the first command "
+                f"{folder.parent.parent} holds an unfinished run with another {', '.join(changed)}; repeat the first "
                 "to finish it, add --fresh to discard it, or choose another output folder"
             )
         for line in lines[1:]:
@@ -52,8 +55,9 @@ class Journal:
         line = self.parts.get(part)
         if line is None:
             return None
-        shard = self._folder / line["shard"]
-        return line if shard.exists() and sha256(shard) == line["sha256"] else None
+        shards = (place / line["shard"] for place in self._places)
+        whole = any(shard.exists() and sha256(shard) == line["sha256"] for shard in shards)
+        return line if whole else None
 
     def finish(self, part: str, shard: Path, **details: Any) -> None:
         """Note that a part's shard is safely on disk."""
@@ -74,6 +78,13 @@ class Journal:
             partial = self._path.with_suffix(".partial")
             partial.write_text(text, encoding="utf-8")
             partial.replace(self._path)
+
+
+def recorded_dtype(path: Path) -> torch.dtype | None:
+    """What the run that keeps this journal computes in; None if there is no such run."""
+    lines = _whole_lines(path)
+    name = lines[0]["identity"].get("compute_dtype") if lines else None
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
 
 
 @contextmanager

@@ -69,7 +69,14 @@ class Plan:
         return 8 * self.output_bytes / self.num_parameters
 
 
-def make_plan(model: Model, steps: tuple[tuple[Rule, ...], ...], data: Data, budget: Budget, out: Path | None) -> Plan:
+def make_plan(
+    model: Model,
+    steps: tuple[tuple[Rule, ...], ...],
+    data: Data,
+    budget: Budget,
+    out: Path | None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
     """Resolve one streamed pass and predict what it takes.
 
     Args:
@@ -78,6 +85,7 @@ def make_plan(model: Model, steps: tuple[tuple[Rule, ...], ...], data: Data, bud
         data: calibration.
         budget: limits.
         out: output folder, to look at its disk; None: not looked at.
+        dtype: what to run blocks in; None: whatever this machine does fastest.
 
     Raises:
         ValueError: a rule that matches nothing, shapes or methods that do not fit together, or too little memory or
@@ -88,7 +96,8 @@ def make_plan(model: Model, steps: tuple[tuple[Rule, ...], ...], data: Data, bud
     _check_shapes(model, chains)
     densities = {methods: _rehearse(methods) for methods in set(chains.values()) if methods}
     needs_data = any(method.stat is not None for methods in chains.values() for method in methods)
-    dtype = compute_dtype(model.dtype) if needs_data else model.dtype
+    if dtype is None:
+        dtype = compute_dtype(model.dtype) if needs_data else model.dtype
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     working = _peak_part(model, chains, dtype, needs_data)
     limit = budget.host_limit()

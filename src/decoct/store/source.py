@@ -88,7 +88,10 @@ class FolderSource:
         return self.where[name].read(name)
 
     def fingerprint(self) -> str:
-        """Shard names, sizes and modification times: cheap, and enough to notice a swapped checkpoint."""
+        """Checksums where decoct wrote them, else names, sizes and times of the shards: enough to notice a swap."""
+        manifest = self.manifest()
+        if manifest is not None:
+            return ";".join(f"{name}:{digest}" for name, digest in manifest["shards"].items())
         stats = ((shard.path.name, shard.path.stat()) for shard in self.shards)
         return ";".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
