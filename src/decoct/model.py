@@ -205,9 +205,13 @@ def _descriptions(source: Source) -> dict[str, dict[str, Any]]:
     for shard in source.shards:
         text = shard.metadata.get(DESCRIPTIONS)
         if text is not None:
-            stated = json.loads(text)
-            check_version(stated.get("format_version"), str(shard.path))
-            found.update(stated["weights"])
+            try:
+                stated = json.loads(text)
+                version, weights = stated["format_version"], dict(stated["weights"])
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                raise ValueError(f"{shard.path} has damaged descriptions of its weights; write it again") from None
+            check_version(version, str(shard.path))
+            found.update(weights)
     return found
 
 

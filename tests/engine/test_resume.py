@@ -189,25 +189,25 @@ def test_a_torn_last_line(line: int, kept: int, base: Path, tmp_path: Path, monk
 
 
 def test_journal(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, {"recipe": 1})
+    journal = Journal(tmp_path, {"recipe": 1}, tmp_path)
     (tmp_path / "a.bin").write_bytes(b"abc")
     (tmp_path / "b.bin").write_bytes(b"abc")
     journal.finish("first", tmp_path / "a.bin", error=0.5)
     journal.finish("second", tmp_path / "b.bin", error=None)
     path = tmp_path / "journal.jsonl"
     path.write_text(path.read_text(encoding="utf-8")[:-7], encoding="utf-8")
-    again = Journal(tmp_path, {"recipe": 1})
+    again = Journal(tmp_path, {"recipe": 1}, tmp_path)
     assert again.finished("second") is None
     line = again.finished("first")
     assert line is not None
     assert line["error"] == 0.5
     again.finish("second", tmp_path / "b.bin", error=1.0)
-    third = Journal(tmp_path, {"recipe": 1})
+    third = Journal(tmp_path, {"recipe": 1}, tmp_path)
     assert third.finished("second") is not None
     (tmp_path / "a.bin").write_bytes(b"abd")
     assert third.finished("first") is None
     with pytest.raises(ValueError, match="unfinished run with another recipe"):
-        Journal(tmp_path, {"recipe": 2})
+        Journal(tmp_path, {"recipe": 2}, tmp_path)
 
 
 CHANGED: dict[str, Callable[[Path], dict[str, Any]]] = {

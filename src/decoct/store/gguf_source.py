@@ -49,9 +49,11 @@ class GgufSource:
         from gguf.quants import dequantize
 
         entry = self.entries[name]
-        values = torch.from_numpy(dequantize(entry.data, entry.tensor_type)).reshape(self.shape(name))
-        if self.config["model_type"] in _INTERLEAVED and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = "num_attention_heads" if name.endswith("q_proj.weight") else "num_key_value_heads"
+        values = torch.tensor(dequantize(entry.data, entry.tensor_type)).reshape(self.shape(name))
+        if not torch.isfinite(values.sum()):
+            raise ValueError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
+        if self.config["model_type"] in _INTERLEAVED and (".q_proj." in name or ".k_proj." in name):
+            heads = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
             values = _rotate_half_order(values, int(self.config[heads]))
         return values.to(torch.bfloat16)
 
@@ -97,6 +99,10 @@ def open_gguf(path: Path) -> GgufSource:
         entry = by_gguf_name.get(f"{names.get_name(stem)}.{suffix}")
         if entry is not None:
             entries[name] = entry
+    known_names = {entry.name for entry in entries.values()}
+    lost = [name for name in by_gguf_name if name not in known_names]
+    if lost:
+        raise ValueError(f"{path}: decoct does not know what to do with {lost[0]}; use the model's safetensors instead")
     return GgufSource(path, config, entries)
 
 
@@ -123,5 +129,4 @@ def _expected_names(config: dict[str, Any]) -> list[str]:
 
 def _rotate_half_order(rows: Tensor, heads: int) -> Tensor:
     """From pairs (x0, x1), (x2, x3), … of each head to halves (x0, x2, …), (x1, x3, …)."""
-    out, cols = rows.shape
-    return rows.reshape(heads, out // heads // 2, 2, cols).transpose(1, 2).reshape(out, cols)
+    return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(rows.shape)

@@ -2,7 +2,7 @@
 
 The safetensors library maps files into memory: every page it touches then counts as resident, and a file that is
 shorter than its header promises kills the process with a bus error. Plain reads do neither, and the format is small.
-Writing is left to the library.
+The writer gives the same bytes for the same tensors, which a resumed run is held to.
 """
 
 import json
@@ -21,6 +21,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 
 
@@ -87,12 +88,12 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f"{path} is truncated or not a safetensors file; download or write it again")
             header: dict[str, Any] = json.loads(handle.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _info(path, name, entry, 8 + length) for name, entry in header.items()}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; the checkpoint is incomplete") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} has a damaged header; download or write it again") from None
-    metadata = header.pop("__metadata__", {})
-    tensors = {name: _info(path, name, entry, 8 + length) for name, entry in header.items()}
     end = max((info.start + info.nbytes for info in tensors.values()), default=8 + length)
     if end != size:
         state = "truncated" if size < end else "longer than its header says"
@@ -101,12 +102,24 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a whole file atomically."""
-    from safetensors.torch import save_file
+    """Write a whole file atomically; the same tensors always give the same bytes.
 
-    with atomic_path(path) as partial:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+    (The library's own writer keeps metadata in a hash map, whose order, and so the file, differs from run to run.)
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as partial, partial.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little"))
+        handle.write(text)
+        for name in names:
+            handle.write(tensor_bytes(tensors[name].detach().contiguous()))
 
 
 def _info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
@@ -118,6 +131,6 @@ def _info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo
     expected = dtype.itemsize
     for n in shape:
         expected *= n
-    if stop - start != expected:
+    if start < 0 or stop - start != expected:
         raise ValueError(f"{path}: tensor {name} has {stop - start} bytes, its shape needs {expected}; it is damaged")
     return TensorInfo(dtype, shape, base + start, stop - start)

@@ -127,12 +127,12 @@ def open_source(model: str | Path) -> Source:
         ValueError: there is no such model, it holds no safetensors, or a shard is damaged.
     """
     path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
     if path.suffix == ".gguf":
         from decoct.store.gguf_source import open_gguf
 
         return open_gguf(path)
-    if path.is_dir():
-        return _open_folder(path)
     text = str(model)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise ValueError(f"{model} is neither a model folder, a .gguf file, nor a hub id such as Qwen/Qwen3-0.6B")
@@ -149,22 +149,36 @@ def _open_folder(folder: Path) -> FolderSource:
         )
         raise ValueError(f"{folder} has no config.json; {hint}")
     config = read_json(folder / "config.json")
-    index = folder / INDEX
-    if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is no model's config; download or write it again")
+    promised = _weight_map(folder / INDEX)
+    if promised:
+        files = sorted(set(promised.values()))
+    elif (folder / "model.safetensors").exists():
+        files = ["model.safetensors"]  # other files beside it are copies in another layout
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        pickled = any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir())
         hint = "only pickled weights, which can run code; convert them to safetensors first" if pickled else "none"
         raise ValueError(f"{folder} holds no safetensors weights ({hint})")
     shards = tuple(open_safetensors(folder / name) for name in files)
     where = {name: shard for shard in shards for name in shard.tensors}
-    if index.exists():
-        missing = [name for name in read_json(index)["weight_map"] if name not in where]
-        if missing:
-            raise ValueError(f"{folder}: {INDEX} promises {missing[0]}, which is in no shard; download it again")
+    missing = [name for name in promised if name not in where]
+    if missing:
+        raise ValueError(f"{folder}: {INDEX} promises {missing[0]}, which is in no shard; download it again")
     return FolderSource(folder, config, where, shards)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, from a sharded checkpoint's index; empty if there is none."""
+    if not index.exists():
+        return {}
+    value = read_json(index)
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not weight_map or not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map; it is damaged, download it again")  # noqa: TRY004 - a file, no caller
+    return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
 def _download(repo: str) -> Path:

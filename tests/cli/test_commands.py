@@ -1,0 +1,343 @@
+"""Every command, as people and as programs call it: one JSON object or tables on stdout, and exit codes 0, 1, 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import decoct
+from decoct.cli import app
+from decoct.evaluation import Measurement
+from decoct.recipe import presets
+from tests.engine.running import make_base
+
+SMALL = ["--set", "gptq.group_size=8", "--set", "rtn.group_size=8"]
+TOKENS = ["--set", "data.num_sequences=4", "--set", "data.sequence_length=16"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def answer(*arguments: object) -> dict[str, Any]:
+    """The one object on stdout of a command with --json."""
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.endswith("\n")
+    assert result.stdout.count("\n") == 1
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("cli"), "llama-tied")
+
+
+@pytest.fixture(scope="module")
+def text(base: Path) -> Path:
+    return base.parent / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def compressed(base: Path) -> Path:
+    recipe = {"stages": [{"blocks": [{"linear": {"rtn": {"bits": 4, "group_size": 16}}}]}]}
+    return decoct.compress(base, recipe, base.parent / "compressed").folder
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decoct.engine.plan.product_rate", lambda _: 1e11)
+
+
+def test_inspect(base: Path, compressed: Path) -> None:
+    found = answer("inspect", base)
+    assert found["family"] == "llama"
+    assert found["tied"] is True
+    assert found["bits_per_weight"] == 32
+    assert sum(role["count"] for role in found["roles"]) == 1 + 3 * 7
+    assert {role["kind"] for role in answer("inspect", compressed)["roles"]} == {"Dense", "GroupInt 4 bit"}
+    shown = invoke("inspect", compressed)
+    assert shown.exit_code == 0
+    for word in ("mlp.down", "32 x 48", "GroupInt 4 bit", "lm_head tied", "bits per weight", "made by decoct"):
+        assert word in shown.stdout
+    assert "next: decoct plan" in invoke("inspect", base).stdout
+
+
+def test_plan(base: Path, tmp_path: Path) -> None:
+    before = sorted(base.parent.iterdir())
+    found = answer("plan", base, "--preset", "w4", *SMALL)
+    assert {"peak_bytes", "limit_bytes", "output_bytes", "scratch_bytes", "seconds", "groups"} <= found.keys()
+    assert found["needs_data"] is True
+    assert found["bits_per_weight"] == pytest.approx(8 * found["output_bytes"] / found["num_parameters"])
+    methods = {group["role"]: group["methods"] for group in found["groups"]}
+    assert methods["mlp.down"][0]["gptq"]["bits"] == 4
+    assert methods["embed"][0]["rtn"]["bits"] == 8
+    shown = invoke("plan", base, "--preset", "w4", *SMALL)
+    for word in (
+        "gptq (bits 4, group_size 8)",
+        "rtn (bits 8, group_size 8)",
+        "memory",
+        "disk",
+        "time",
+        "calibration in",
+    ):
+        assert word in shown.stdout
+    assert sorted(base.parent.iterdir()) == before
+
+
+def test_compress_and_resume_by_hand(base: Path, text: Path, tmp_path: Path) -> None:
+    command = ["compress", base, "--preset", "w4", *SMALL, *TOKENS, "--data", text, "-o", tmp_path / "out"]
+    found = answer(*command)
+    assert found["folder"] == str(tmp_path / "out")
+    assert found["errors"].keys() == {"embedding", "block 0", "block 1", "block 2"}
+    assert {"nbytes", "bits_per_weight", "seconds", "peak_bytes", "starved"} <= found.keys()
+    again = invoke(*command)
+    assert again.exit_code == 1
+    assert "already holds a finished model" in again.stderr
+    fresh = invoke(*command, "--fresh")
+    assert fresh.exit_code == 0
+    assert f"wrote {tmp_path / 'out'}" in "".join(fresh.stdout.split("\n"))
+    assert "next: decoct evaluate" in fresh.stdout
+    assert "[  2/5] block 0" in fresh.stderr
+    assert "gptq (bits 4" in fresh.stderr
+    assert "block 0" not in fresh.stdout
+
+
+def test_recipe_file_and_several_presets(base: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"data: {{source: {text}, num_sequences: 4, sequence_length: 16}}\n"
+        "stages:\n  - blocks:\n      - linear: {wanda: {sparsity: 0.5}}\n"
+    )
+    assert answer("compress", base, recipe, "-o", tmp_path / "a")["bits_per_weight"] < 32
+    both = answer("compress", base, recipe, "--preset", "w8", *SMALL, "-o", tmp_path / "b")
+    assert len(answer("inspect", tmp_path / "b")["lineage"]) == 2
+    assert both["folder"] == str(tmp_path / "b")
+
+
+def test_evaluate(base: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--text", text, "--windows", 2, "--length", 16]
+    found = answer("evaluate", compressed, "--against", base, *options, "--record", tmp_path / "m.jsonl")
+    keys = {"perplexity", "kl_mean", "kl_p99", "kl_p999", "top1_agreement", "nbytes", "bits_per_weight"}
+    assert keys <= found.keys()
+    assert all(isinstance(found[key], int | float) for key in keys)
+    assert found.keys() == set(Measurement.__dataclass_fields__)
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == found
+    alone = answer("evaluate", compressed, *options, "--bos", "--dtype", "bfloat16")
+    assert alone["kl_mean"] is None
+    assert (alone["bos"], alone["dtype"]) == (True, "bfloat16")
+    shown = invoke("evaluate", compressed, "--against", base, *options)
+    for word in (
+        "perplexity",
+        "KL mean (nats)",
+        "KL 99.9 %",
+        "top-1 agreement",
+        "base",
+        "non-overlapping windows of 16",
+    ):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize("to", ["dense", "compressed_tensors"])
+def test_export(to: str, compressed: Path, tmp_path: Path) -> None:
+    found = answer("export", compressed, "--to", to, "-o", tmp_path / "out")
+    assert found["folder"] == str(tmp_path / "out")
+    assert found["format"] == to
+    assert found["nbytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 0
+    shown = invoke("export", compressed, "--to", to, "-o", tmp_path / "other")
+    assert shown.exit_code == 0
+    assert "wrote" in shown.stdout
+
+
+def test_methods() -> None:
+    found = answer("methods")
+    assert {method["name"] for method in found["methods"]} == set(decoct.METHODS)
+    assert found["presets"] == presets()
+    shown = invoke("methods").stdout
+    assert all(name in shown for name in (*decoct.METHODS, *presets(), "group_size: 64", "2210.17323"))
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout == f"decoct {decoct.__version__}\n"
+    shown = invoke("--help").stdout
+    assert all(name in shown for name in ("inspect", "plan", "compress", "evaluate", "export", "methods"))
+    assert invoke("compress", "--help").exit_code == 0
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_presets_plan(name: str, base: Path) -> None:
+    """Every preset fits a model whose widths are multiples of its groups."""
+    wide = base.parent / "wide"
+    if not wide.exists():
+        wide.mkdir()
+        make_base(wide, hidden_size=128, intermediate_size=256, head_dim=32)
+    assert answer("plan", wide / "base", "--preset", name)["bits_per_weight"] < 32
+
+
+WRONG_USE: dict[str, tuple[list[str], str]] = {
+    "unknown preset": (["plan", "BASE", "--preset", "w44"], "no preset or recipe file 'w44'; did you mean 'w4'?"),
+    "no recipe": (["plan", "BASE"], "give a recipe file, or a preset"),
+    "a preset without --preset": (["plan", "BASE", "w4"], "--preset w4"),
+    "a recipe that is not there": (["plan", "BASE", "mine.yaml"], "recipe mine.yaml does not exist"),
+    "no -o": (["compress", "BASE", "--preset", "w4"], "-o OUT"),
+    "a setting without =": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits"], "write it as"),
+    "a setting without a scope": (["plan", "BASE", "--preset", "w4", "--set", "bits=3"], "write it as"),
+    "a setting of a method that is not there": (
+        ["plan", "BASE", "--preset", "w4", "--set", "wanda.sparsity=0.5"], "this recipe has no wanda",
+    ),
+    "a misspelt setting": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bit=3"], "did you mean 'bits'?"),
+    "a misspelt data setting": (["plan", "BASE", "--preset", "w4", "--set", "data.num_sequence=3"], "did you mean 'num_s"),
+    "bits out of range": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=9"], "9"),
+    "a word for a number": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=four"], "gptq.bits"),
+    "no size": (["plan", "BASE", "--preset", "w4", "--memory", "much"], "'much' is not a size"),
+    "no tokens": (["plan", "BASE", "--preset", "w4", "--set", "data.num_sequences=0"], "num_sequences"),
+    "broken YAML in a setting": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=[3"], "gptq.bits=[3"),
+    "unknown option": (["plan", "BASE", "--presets", "w4"], "--preset"),
+    "unknown command": (["squeeze", "BASE"], "squeeze"),
+    "a dtype that is none": (["evaluate", "BASE", "--text", "x", "--dtype", "int8"], "must be float32 or bfloat16"),
+    "an export format that is none": (["export", "BASE", "--to", "gguff", "-o", "out"], "gguff"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_USE)
+def test_wrong_use_exits_2(what: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = WRONG_USE[what]
+    result = invoke(*(str(base) if each == "BASE" else each for each in arguments))
+    assert result.exit_code == 2, (result.exception, result.stderr)
+    plain = "".join(result.stderr.replace("│", "").split())
+    assert "".join(message.split()) in plain
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+RECIPES: dict[str, tuple[str, str]] = {
+    "a misspelt key": ("stagess: []", "unknown key 'stagess'; did you mean 'stages'?"),
+    "a misspelt method": ("stages: [{blocks: [{linear: {gtpq: {}}}]}]", "unknown key 'gtpq'; did you mean 'gptq'?"),
+    "a misspelt field": ("stages: [{blocks: [{linear: {gptq: {group: 8}}}]}]", "did you mean 'group_size'?"),
+    "a misspelt step": ("stages: [{blocks: [{linaer: {gptq: {}}}]}]", "did you mean 'linear'?"),
+    "a misspelt stage": ("stages: [{block: []}]", "did you mean 'blocks'?"),
+    "no stages": ("data: {seed: 1}", "a recipe needs stages"),
+    "no steps": ("stages: [{blocks: []}]", "must be a list of steps"),
+    "a list": ("[1, 2]", "must be a mapping with the key stages"),
+    "no YAML": ("stages: [", "is not valid YAML"),
+    "a tab": ("stages:\n\t- blocks: []", "is not valid YAML"),
+    "two methods in a rule": ("stages: [{blocks: [{linear: {rtn: {}, gptq: {}}}]}]", "give exactly one method"),
+    "no method in a rule": ("stages: [{blocks: [{linear: {match: x}}]}]", "give exactly one method"),
+    "a method that is a number": ("stages: [{blocks: [{linear: {rtn: 4}}]}]", "expected settings such as {bits: 4}"),
+    "a rule that is a word": ("stages: [{blocks: [{linear: gptq}]}]", "expected a rule such as"),
+    "stages that are a mapping": ("stages: {blocks: []}", "a recipe needs stages"),
+    "a stage that is a word": ("stages: [blocks]", "must have exactly one key"),
+    "a fraction of a bit": ("stages: [{blocks: [{linear: {rtn: {bits: 4.5}}}]}]", "rtn.bits"),
+    "a number for a switch": ("stages: [{blocks: [{linear: {rtn: {symmetric: maybe}}}]}]", "rtn.symmetric"),
+    "too sparse": ("stages: [{blocks: [{linear: {wanda: {sparsity: 1}}}]}]", "sparsity must lie between 0 and 1"),
+    "data that is a word": ("data: wiki\nstages: [{blocks: [{linear: {rtn: {}}}]}]", "expected settings"),
+    "an unknown export": ("export: ggufs\nstages: [{blocks: [{linear: {rtn: {}}}]}]", "ggufs"),
+}
+
+
+@pytest.mark.parametrize("what", RECIPES)
+def test_wrong_recipes_exit_2(what: str, base: Path, tmp_path: Path) -> None:
+    text, message = RECIPES[what]
+    (tmp_path / "mine.yaml").write_text(text)
+    result = invoke("plan", base, tmp_path / "mine.yaml")
+    assert result.exit_code == 2, (result.exception, result.stderr)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_an_empty_recipe_file_exits_2(base: Path, tmp_path: Path) -> None:
+    for content in (b"", b"\xff\xfe\x00", b"- \x00"):
+        (tmp_path / "mine.yaml").write_bytes(content)
+        assert invoke("plan", base, tmp_path / "mine.yaml").exit_code == 2
+    (tmp_path / "folder.yaml").mkdir()
+    assert invoke("plan", base, tmp_path / "folder.yaml").exit_code in (1, 2)
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)])
+def test_failures_exit_1_in_one_line(json_option: tuple[str, ...], base: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "other" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    failures: dict[tuple[object, ...], str] = {
+        ("inspect", tmp_path / "nowhere"): "is neither a model folder",
+        ("inspect", tmp_path / "other"): "architecture 'mamba' is not supported; supported: llama",
+        ("plan", base, "--preset", "w4", "--set", "gptq.group_size=7", "--set", "rtn.group_size=8"): "does not divide",
+        ("plan", base, "--preset", "w4", *SMALL, "--memory", "1MB"): "raise budget.host",
+        ("evaluate", base, "--text", tmp_path / "nowhere.txt"): "does not exist",
+        ("export", base, "--to", "dense", "-o", base): "",
+    }
+    for arguments, message in failures.items():
+        result = invoke(*arguments, *json_option)
+        assert result.exit_code == 1, (arguments, result.exception, result.stderr)
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
+        error = {"error": result.stderr.removeprefix("error: ").rstrip("\n")}
+        assert result.stdout == (json.dumps(error, ensure_ascii=True) + "\n" if json_option else "")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "stopped; nothing finished is lost: run the same command again to go on"),
+        (
+            MemoryError(),
+            "out of memory; give a smaller --memory limit or close other programs; nothing finished is lost",
+        ),
+        (OSError(28, "No space left on device", "out/x"), "No space left on device: out/x; nothing finished is lost"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of memory; give a smaller --memory",
+        ),
+        (ValueError("two\nlines"), "two lines"),
+    ],
+)
+def test_what_may_happen_on_the_way(
+    error: BaseException, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("decoct.api.compress_job", fail)
+    result = invoke("compress", base, "--preset", "w4", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_bug_is_not_hidden(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("decoct.api.compress_job", fail)
+    result = invoke("compress", base, "--preset", "w4", "-o", tmp_path / "out")
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_brackets_in_names_are_shown_as_they_are(base: Path, text: Path, tmp_path: Path) -> None:
+    """Rich would take [red] for markup."""
+    out = tmp_path / "out[red]"
+    result = invoke("compress", base, "--preset", "w8", *SMALL, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert str(out) in result.stdout
+    assert str(out) in invoke("inspect", out).stdout
+
+
+def test_as_a_process(base: Path) -> None:
+    command = [str(Path(sys.executable).parent / "decoct")]
+    done = subprocess.run([*command, "inspect", str(base), "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["family"] == "llama"
+    assert done.stderr == ""
+    done = subprocess.run([*command, "inspect", "nowhere"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    done = subprocess.run([*command, "--threads", "0", "methods"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
