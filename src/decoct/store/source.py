@@ -149,8 +149,8 @@ def _open_folder(folder: Path) -> FolderSource:
         )
         raise ValueError(f"{folder} has no config.json; {hint}")
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} is no model's config; download or write it again")
+    if "model_type" not in config:
+        raise ValueError(f"{folder / 'config.json'} has no model_type; it is damaged, or no model's config")
     promised = _weight_map(folder / INDEX)
     if promised:
         files = sorted(set(promised.values()))
@@ -177,7 +177,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     value = read_json(index)
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not weight_map or not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map; it is damaged, download it again")  # noqa: TRY004 - a file, no caller
+        raise ValueError(f"{index} has no weight_map; it is damaged, download it again")
     return {str(name): str(shard) for name, shard in weight_map.items()}
 
 

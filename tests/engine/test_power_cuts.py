@@ -1,0 +1,39 @@
+"""Runs that end at any system call whatever go on, and give the same bits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.running import EORA, EVERYTHING, GPTQ, WANDA
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "one stage": {"stages": [{"blocks": [EVERYTHING]}]},
+    "two stages": {"stages": [{"blocks": [WANDA]}, {"blocks": [GPTQ, EORA]}]},
+}
+
+
+def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
+    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "tests.engine.crash_points"]
+    arguments = [str(base), str(base.parent / "text.txt"), str(folder), str(every), json.dumps(recipe)]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout.split()[-1])
+
+
+def test_some_points(base: Path, tmp_path: Path) -> None:
+    assert cut(base, tmp_path, RECIPES["one stage"], every=7) >= 8
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_point(recipe: str, base: Path, tmp_path: Path) -> None:
+    assert cut(base, tmp_path, RECIPES[recipe], every=1) >= 50
