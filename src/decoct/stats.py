@@ -182,6 +182,8 @@ class AbsMax:
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Raise the maxima."""
+        if x.shape[0] == 0:
+            return
         self.maximum = torch.maximum(self.maximum, x.abs().amax(0).float())
         self.num_tokens += x.shape[0]
 

@@ -16,7 +16,8 @@ from decoct.evaluation import Measurement
 from decoct.recipe import presets
 from tests.engine.running import make_base
 
-SMALL = ["--set", "gptq.group_size=8", "--set", "rtn.group_size=8"]
+W8 = ["--preset", "w8", "--set", "rtn.group_size=8"]
+W4 = ["--preset", "w4", "--set", "gptq.group_size=8", "--set", "rtn.group_size=8"]
 TOKENS = ["--set", "data.num_sequences=4", "--set", "data.sequence_length=16"]
 
 
@@ -72,14 +73,14 @@ def test_inspect(base: Path, compressed: Path) -> None:
 
 def test_plan(base: Path, tmp_path: Path) -> None:
     before = sorted(base.parent.iterdir())
-    found = answer("plan", base, "--preset", "w4", *SMALL)
+    found = answer("plan", base, *W4)
     assert {"peak_bytes", "limit_bytes", "output_bytes", "scratch_bytes", "seconds", "groups"} <= found.keys()
     assert found["needs_data"] is True
     assert found["bits_per_weight"] == pytest.approx(8 * found["output_bytes"] / found["num_parameters"])
     methods = {group["role"]: group["methods"] for group in found["groups"]}
     assert methods["mlp.down"][0]["gptq"]["bits"] == 4
     assert methods["embed"][0]["rtn"]["bits"] == 8
-    shown = invoke("plan", base, "--preset", "w4", *SMALL)
+    shown = invoke("plan", base, *W4)
     for word in (
         "gptq (bits 4, group_size 8)",
         "rtn (bits 8, group_size 8)",
@@ -93,7 +94,7 @@ def test_plan(base: Path, tmp_path: Path) -> None:
 
 
 def test_compress_and_resume_by_hand(base: Path, text: Path, tmp_path: Path) -> None:
-    command = ["compress", base, "--preset", "w4", *SMALL, *TOKENS, "--data", text, "-o", tmp_path / "out"]
+    command = ["compress", base, *W4, *TOKENS, "--data", text, "-o", tmp_path / "out"]
     found = answer(*command)
     assert found["folder"] == str(tmp_path / "out")
     assert found["errors"].keys() == {"embedding", "block 0", "block 1", "block 2"}
@@ -117,7 +118,7 @@ def test_recipe_file_and_several_presets(base: Path, text: Path, tmp_path: Path)
         "stages:\n  - blocks:\n      - linear: {wanda: {sparsity: 0.5}}\n"
     )
     assert answer("compress", base, recipe, "-o", tmp_path / "a")["bits_per_weight"] < 32
-    both = answer("compress", base, recipe, "--preset", "w8", *SMALL, "-o", tmp_path / "b")
+    both = answer("compress", base, recipe, *W8, "-o", tmp_path / "b")
     assert len(answer("inspect", tmp_path / "b")["lineage"]) == 2
     assert both["folder"] == str(tmp_path / "b")
 
@@ -193,7 +194,7 @@ WRONG_USE: dict[str, tuple[list[str], str]] = {
         ["plan", "BASE", "--preset", "w4", "--set", "wanda.sparsity=0.5"], "this recipe has no wanda",
     ),
     "a misspelt setting": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bit=3"], "did you mean 'bits'?"),
-    "a misspelt data setting": (["plan", "BASE", "--preset", "w4", "--set", "data.num_sequence=3"], "did you mean 'num_s"),
+    "a misspelt data setting": (["plan", "BASE", "--preset", "w4", "--set", "data.num_seq=3"], "did you mean"),
     "bits out of range": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=9"], "9"),
     "a word for a number": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=four"], "gptq.bits"),
     "no size": (["plan", "BASE", "--preset", "w4", "--memory", "much"], "'much' is not a size"),
@@ -233,7 +234,10 @@ RECIPES: dict[str, tuple[str, str]] = {
     "no method in a rule": ("stages: [{blocks: [{linear: {match: x}}]}]", "give exactly one method"),
     "a method that is a number": ("stages: [{blocks: [{linear: {rtn: 4}}]}]", "expected settings such as {bits: 4}"),
     "a rule that is a word": ("stages: [{blocks: [{linear: gptq}]}]", "expected a rule such as"),
-    "stages that are a mapping": ("stages: {blocks: []}", "a recipe needs stages"),
+    "stages that are a mapping": ("stages: {blocks: []}", "stages"),
+    "stages that are a number": ("stages: 3", "a recipe needs stages"),
+    "stages that are a word": ("stages: blocks", "stages"),
+    "a setting that is a list": ("stages: [{blocks: [{linear: {rtn: {bits: [4]}}}]}]", "rtn.bits"),
     "a stage that is a word": ("stages: [blocks]", "must have exactly one key"),
     "a fraction of a bit": ("stages: [{blocks: [{linear: {rtn: {bits: 4.5}}}]}]", "rtn.bits"),
     "a number for a switch": ("stages: [{blocks: [{linear: {rtn: {symmetric: maybe}}}]}]", "rtn.symmetric"),
@@ -254,10 +258,12 @@ def test_wrong_recipes_exit_2(what: str, base: Path, tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
-def test_an_empty_recipe_file_exits_2(base: Path, tmp_path: Path) -> None:
-    for content in (b"", b"\xff\xfe\x00", b"- \x00"):
-        (tmp_path / "mine.yaml").write_bytes(content)
-        assert invoke("plan", base, tmp_path / "mine.yaml").exit_code == 2
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"- \x00", b"a: &x [*x]"])
+def test_recipe_files_that_are_none_exit_2(content: bytes, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    result = invoke("plan", base, tmp_path / "mine.yaml")
+    assert result.exit_code == 2, (result.exception, result.stderr)
+    assert result.stderr.count("\n") == 1
     (tmp_path / "folder.yaml").mkdir()
     assert invoke("plan", base, tmp_path / "folder.yaml").exit_code in (1, 2)
 
@@ -271,7 +277,7 @@ def test_failures_exit_1_in_one_line(json_option: tuple[str, ...], base: Path, t
         ("inspect", tmp_path / "nowhere"): "is neither a model folder",
         ("inspect", tmp_path / "other"): "architecture 'mamba' is not supported; supported: llama",
         ("plan", base, "--preset", "w4", "--set", "gptq.group_size=7", "--set", "rtn.group_size=8"): "does not divide",
-        ("plan", base, "--preset", "w4", *SMALL, "--memory", "1MB"): "raise budget.host",
+        ("plan", base, *W4, "--memory", "1MB"): "raise budget.host",
         ("evaluate", base, "--text", tmp_path / "nowhere.txt"): "does not exist",
         ("export", base, "--to", "dense", "-o", base): "",
     }
@@ -326,7 +332,7 @@ def test_a_bug_is_not_hidden(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_brackets_in_names_are_shown_as_they_are(base: Path, text: Path, tmp_path: Path) -> None:
     """Rich would take [red] for markup."""
     out = tmp_path / "out[red]"
-    result = invoke("compress", base, "--preset", "w8", *SMALL, "-o", out)
+    result = invoke("compress", base, *W8, "-o", out)
     assert result.exit_code == 0, result.stderr
     assert str(out) in result.stdout
     assert str(out) in invoke("inspect", out).stdout

@@ -1,7 +1,7 @@
 """A process of its own that ends runs at chosen system calls, as a power cut would: nothing is cleaned up.
 
-python -m tests.engine.crash_points MODEL TEXT FOLDER EVERY RECIPE prints how many points it tried; it fails at the first
-one after which the same command does not give the same bits.
+python -m tests.engine.crash_points MODEL TEXT FOLDER EVERY RECIPE prints how many points it tried; it fails at the
+first one after which the same command does not give the same bits.
 """
 
 import json

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from decoct.ops.packing import pack_bits, packed_width
+
 _ROWS_AT_ONCE = 1 << 19  # elements worked on together: small enough to stay in cache, large enough to thread
 _SEARCH_LOW, _SEARCH_STEPS = 0.5, 26  # shrink factors tried by the clip search: 1.00, 0.98, ... 0.50
 
@@ -110,10 +112,19 @@ def quantize(w: Float[Tensor, "rows cols"], grid: Grid) -> UInt8[Tensor, "rows c
     step = max(1, _ROWS_AT_ONCE // cols)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        scale, zero = _grouped(grid, part)
-        groups = w[part].float().reshape(-1, cols // grid.group_size, grid.group_size)
-        codes[part] = _round(groups, scale, zero, grid.bits).to(torch.uint8).reshape(-1, cols)
+        codes[part] = _codes(w, grid, part)
     return codes
+
+
+def quantize_packed(w: Float[Tensor, "rows cols"], grid: Grid) -> UInt8[Tensor, "rows bytes"]:
+    """`pack_bits(quantize(w, grid), grid.bits)`, a few rows at a time: a large matrix needs no byte for each code."""
+    rows, cols = w.shape
+    packed = torch.empty(rows, packed_width(cols, grid.bits), dtype=torch.uint8, device=w.device)
+    step = max(1, _ROWS_AT_ONCE // cols)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        packed[part] = pack_bits(_codes(w, grid, part), grid.bits)
+    return packed
 
 
 def dequantize(
@@ -129,6 +140,14 @@ def dequantize(
         groups = codes[part].reshape(-1, cols // grid.group_size, grid.group_size).float()
         out[part] = groups.sub_(zero).mul_(scale).reshape(-1, cols).to(dtype)
     return out
+
+
+def _codes(w: Tensor, grid: Grid, part: slice) -> Tensor:
+    """Codes of a row range."""
+    scale, zero = _grouped(grid, part)
+    cols = w.shape[1]
+    groups = w[part].float().reshape(-1, cols // grid.group_size, grid.group_size)
+    return _round(groups, scale, zero, grid.bits).to(torch.uint8).reshape(-1, cols)
 
 
 def _grouped(grid: Grid, part: slice) -> tuple[Tensor, Tensor | float]:
@@ -149,18 +168,25 @@ def _span(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tup
     low, high = torch.aminmax(groups, dim=-1)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise ValueError("the weights hold NaN or infinite values; the checkpoint is damaged")
+    top = 2**bits - 1
     if symmetric:
         high = torch.maximum(high.abs(), low.abs())
-        return _stored(2 * high / (2**bits - 1), dtype), torch.full_like(high, 2 ** (bits - 1))
-    low, high = low.clamp(max=0), high.clamp(min=0)  # zero must stay on the grid
-    scale = _stored((high - low) / (2**bits - 1), dtype)
-    return scale, (-low / scale).round().clamp_(0, 2**bits - 1)
+        scale = _stored(high * (2 / top), dtype)
+        zero = torch.full_like(high, 2 ** (bits - 1))
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)  # zero must stay on the grid
+        scale = _stored(high / top - low / top, dtype)
+        zero = (-low / scale).round().clamp_(0, top)
+    if not torch.isfinite(torch.maximum(zero, top - zero) * scale).all():
+        raise ValueError(f"the weights are too large for scales in {dtype}; the checkpoint is damaged")
+    return scale, zero
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype, away from zero so that no division by it overflows; an all-zero group gets 1."""
+    """Round to the stored dtype, but never to zero; an all-zero group gets 1."""
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+    limits = torch.finfo(dtype)
+    return scale.clamp(min=limits.smallest_normal * limits.eps).to(dtype).float()
 
 
 def _search(

@@ -27,12 +27,19 @@ def whitened_low_rank(
         A and B, float32, with the singular values shared evenly between them.
 
     Raises:
-        ValueError: the Gram matrix is not finite.
+        ValueError: the matrix or the Gram matrix is not finite.
     """
     W = w.double()
+    size = W.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    if not torch.isfinite(size):
+        raise ValueError("the weights hold NaN or infinite values; the checkpoint is damaged")
+    W = W / size
     rows, cols = W.shape
     G = torch.eye(cols, dtype=torch.float64, device=W.device) if gram is None else gram.double()
-    S, _ = damped_cholesky(G, _DAMPING)
+    typical = torch.diagonal(G).mean()
+    if typical == 0:  # no input ever fired: every approximation is as good, so take the plain one
+        G, typical = torch.eye(cols, dtype=torch.float64, device=W.device), torch.ones_like(typical)
+    S, _ = damped_cholesky(G / typical, _DAMPING)
     WS = W @ S
     if rows <= cols:
         values, vectors = torch.linalg.eigh(WS @ WS.T)
@@ -45,7 +52,8 @@ def whitened_low_rank(
         B = sigma[:, None] * torch.linalg.solve_triangular(S, V.T, upper=False, left=False)
     # Here A has orthonormal columns and B carries the singular values: share them.
     root = sigma.sqrt()
-    return (A * root).float(), (B / root[:, None]).float()
+    shared = size.sqrt()
+    return (A * root * shared).float(), (B / root[:, None] * shared).float()
 
 
 def _leading(values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,10 @@ def pack_bits(codes: Int[Tensor, "*rows n"], bits: int) -> UInt8[Tensor, "*rows 
         return codes
     n = codes.shape[-1]
     width = packed_width(n, bits)
-    padded = torch.nn.functional.pad(codes, (0, -n % _LANES))
-    lanes = padded.reshape(*codes.shape[:-1], -1, _LANES)
+    padded = torch.nn.functional.pad(codes, (0, -n % _LANES)) if n % _LANES else codes
+    lanes = padded.reshape(*codes.shape[:-1], padded.shape[-1] // _LANES, _LANES)
     packed = _pack_aligned(lanes, bits) if bits in (1, 2, 4) else _pack_straddling(lanes, bits)
-    return packed.reshape(*codes.shape[:-1], -1)[..., :width].contiguous()
+    return packed.flatten(-2)[..., :width].contiguous()
 
 
 def unpack_bits(packed: UInt8[Tensor, "*rows bytes"], bits: int, count: int) -> UInt8[Tensor, "*rows n"]:
@@ -53,7 +53,7 @@ def unpack_bits(packed: UInt8[Tensor, "*rows bytes"], bits: int, count: int) -> 
         aligned: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
         return aligned.flatten(-2)[..., :count]
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits))
-    words = padded.reshape(*packed.shape[:-1], -1, bits).to(torch.int64)
+    words = padded.reshape(*packed.shape[:-1], padded.shape[-1] // bits, bits).to(torch.int64)
     word = words[..., 0].clone()
     for byte in range(1, bits):
         word |= words[..., byte] << (8 * byte)
@@ -80,7 +80,7 @@ def _check_bits(bits: int) -> None:
 def _pack_aligned(lanes: UInt8[Tensor, "*rows groups 8"], bits: int) -> UInt8[Tensor, "*rows groups b"]:
     """Codes that never straddle a byte: or the codes of each byte together."""
     per_byte = 8 // bits
-    split = lanes.reshape(*lanes.shape[:-1], bits, per_byte)
+    split = lanes.reshape(*lanes.shape[:-1], bits, per_byte)  # the bytes of eight codes, and the codes of each
     packed = split[..., 0].clone()
     for k in range(1, per_byte):
         packed |= split[..., k] << (bits * k)

@@ -39,4 +39,4 @@ class Dense(Weight):
 
     @override
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
-        return self.values[rows].to(dtype or self.dtype)
+        return self.values.detach()[rows].to(dtype or self.dtype)

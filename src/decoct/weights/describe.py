@@ -1,6 +1,6 @@
 """A weight as JSON (what it is) and tensors (what it holds), and back again."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor], name: str =
         raise ValueError(f"{name}: unknown kind of weight {kind!r}; this decoct knows {', '.join(WEIGHTS)}")
     values: dict[str, Any] = {}
     for field in fields(cls):
+        if field.name not in description and field.default is MISSING:
+            raise ValueError(f"{name}: its description lacks {field.name}; the checkpoint is damaged")
         if field.name in description:
             values[field.name] = _decode(description[field.name], tensors, f"{name}.{field.name}", field.name)
     return cls(**values)

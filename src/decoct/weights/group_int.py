@@ -35,11 +35,18 @@ class GroupInt(Weight):
     @classmethod
     def of(cls, codes: UInt8[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> "GroupInt":
         """Pack codes that were rounded to `grid`; `dtype` is what the matrix was before."""
+        return cls.of_packed(pack_bits(codes, grid.bits), (codes.shape[0], codes.shape[1]), grid, dtype)
+
+    @classmethod
+    def of_packed(
+        cls, packed: UInt8[Tensor, "out code_bytes"], shape: tuple[int, int], grid: Grid, dtype: torch.dtype
+    ) -> "GroupInt":
+        """The same from codes that are packed already."""
         zero = None if grid.zero is None else pack_bits(grid.zero, grid.bits)
         return cls(
-            shape=(codes.shape[0], codes.shape[1]),
+            shape=shape,
             dtype=dtype,
-            codes=pack_bits(codes, grid.bits),
+            codes=packed,
             scale=grid.scale,
             zero=zero,
             bits=grid.bits,

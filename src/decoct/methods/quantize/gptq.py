@@ -63,7 +63,7 @@ class GPTQ(LinearMethod):
 
     def _dense(self, w: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"] | None, stat: Gram) -> Weight:
         H = stat.matrix()
-        values = w.float()
+        values = w.float().masked_fill(torch.diagonal(H) == 0, 0.0)  # what no input reaches must not widen the grid
         grid = fit_grid(
             values,
             bits=self.bits,

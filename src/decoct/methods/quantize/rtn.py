@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decoct.methods.base import LinearMethod, quantize_structure
-from decoct.ops.grid import check_grid, fit_grid, quantize, resolve_group_size, stored_scale_dtype
+from decoct.ops.grid import check_grid, fit_grid, quantize_packed, resolve_group_size, stored_scale_dtype
 from decoct.weights import GroupInt, Weight
 
 
@@ -36,8 +36,8 @@ class RTN(LinearMethod):
         resolve_group_size(self.group_size, shape[1])
 
     def workspace(self, shape: tuple[int, int]) -> int:
-        """Codes, one byte each, and their packed copy; the arithmetic runs over a few rows at a time."""
-        return 2 * shape[0] * shape[1] + (1 << 26)
+        """The packed codes; the arithmetic runs over a few rows at a time."""
+        return shape[0] * shape[1] + (1 << 26)
 
     def compress(self, weight: Weight, stat: None = None) -> Weight:
         """Quantize; masks and low rank are kept."""
@@ -53,4 +53,4 @@ class RTN(LinearMethod):
             scale_dtype=stored_scale_dtype(w.dtype),
             search=self.clip_search,
         )
-        return GroupInt.of(quantize(values, grid), grid, w.dtype)
+        return GroupInt.of_packed(quantize_packed(values, grid), (w.shape[0], w.shape[1]), grid, w.dtype)
