@@ -1,5 +1,6 @@
 """The Python API: the commands' names, on paths or opened models."""
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from decoct.engine.compress import Job, Result, Watch, compress_job
+from decoct.engine.compress import Job, Result, Watch, compress_job, is_result_of, read_result
 from decoct.engine.plan import Plan, make_plan
 from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
@@ -151,10 +152,17 @@ def compress(
         ValueError: anything the user can mend, in one line.
     """
     parsed = load_recipe(recipe, settings)
-    job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, Path(out), fresh)
-    result = compress_job(job, watch or Watch())
-    for form in parsed.export:
-        export_model(open_model(result.folder), form, result.folder / form)
+    folder = Path(out)
+    missing = [form for form in parsed.export if not (folder / form / "config.json").exists()]
+    if missing and not fresh and is_result_of(folder, parsed.stages):
+        result = read_result(folder)  # only its exports were cut off
+    else:
+        missing = list(parsed.export)
+        job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh)
+        result = compress_job(job, watch or Watch())
+    for form in missing:
+        shutil.rmtree(folder / form, ignore_errors=True)
+        export_model(open_model(folder), form, folder / form)
     return result
 
 

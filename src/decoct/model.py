@@ -49,6 +49,12 @@ class Model:
         """Number of transformer blocks."""
         return self.family.num_blocks(self.config)
 
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model was made for, tokens; None if its config does not say."""
+        stated = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        return None if stated is None else int(stated)
+
     @cached_property
     def tied(self) -> bool:
         """Whether the output projection is the token embedding."""

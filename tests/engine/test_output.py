@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from decoct import compress
+from decoct.exporters import export_model
 from decoct.model import open_model
 from decoct.store import FolderSource, read_json, sha256
-from tests.engine.running import EVERYTHING, GPTQ, RTN, Crash, digests, make_base, run, whole
-from tests.engine.test_resume import stop_after
+from tests.engine.running import EVERYTHING, GPTQ, RTN, Crash, crash_at, digests, make_base, run, whole
+from tests.engine.test_resume import spy, stop_after
 
 
 def test_a_file_is_no_folder(base: Path, tmp_path: Path) -> None:
@@ -151,3 +152,32 @@ def test_exports_lie_beside_the_result(base: Path, tmp_path: Path) -> None:
     out = compress(base, recipe, tmp_path / "out").folder
     assert open_model(out / "dense").described == {}
     assert open_model(out).described
+
+
+def test_an_interrupted_export_is_made_up_for(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on, wherever it was stopped."""
+    recipe = {"stages": [{"blocks": [RTN]}], "export": "dense"}
+    monkeypatch.setattr("decoct.api.export_model", crash_at(0, export_model))
+    with pytest.raises(Crash):
+        compress(base, recipe, tmp_path / "out")
+    monkeypatch.setattr("decoct.api.export_model", export_model)
+    out = compress(base, recipe, tmp_path / "out").folder
+    assert open_model(out / "dense").described == {}
+    with pytest.raises(ValueError, match="already holds a finished model"):
+        compress(base, recipe, tmp_path / "out")
+
+
+def test_a_half_removed_run_folder_is_no_unfinished_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it cleaned up: everything is there, and hours of work are not done again."""
+    before = digests(run(base, tmp_path / "out", GPTQ).folder)
+    (tmp_path / "out" / ".run").mkdir()
+    (tmp_path / "out" / ".run" / "lock").touch()
+    written = spy(monkeypatch)
+    try:
+        run(base, tmp_path / "out", GPTQ)
+    except ValueError as error:
+        assert "already holds a finished model" in str(error)  # noqa: PT017 - either answer is right
+    assert not written
+    assert {name: digest for name, digest in digests(tmp_path / "out").items() if ".run" not in name} == before

@@ -154,6 +154,20 @@ def test_a_run_that_has_its_room_may_resume(base: Path, tmp_path: Path, monkeypa
     run(base, tmp_path / "out", RTN)
 
 
+def test_an_impossible_second_stage_is_refused_before_the_first_runs(base: Path, tmp_path: Path) -> None:
+    before = untouched(tmp_path)
+    with pytest.raises(ValueError, match="svd_llm cannot be applied to a GroupInt weight"):
+        run(base, tmp_path / "out", stages=[{"blocks": [RTN]}, {"blocks": [rule(svd_llm={})]}])
+    assert untouched(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral"])
+def test_sequences_longer_than_the_model_allows(name: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path, name)
+    with pytest.raises(ValueError, match="sequence_length 65 is more than the model's limit of 64 tokens"):
+        run(base, tmp_path / "out", GPTQ, data={"sequence_length": 65})
+
+
 @pytest.mark.parametrize("data", [{"sequence_length": 65}, {"num_sequences": 100_000}, {"source": "nowhere.txt"}])
 def test_unusable_text_is_refused_early(data: Settings, base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"limit of 64 tokens|set data\.num_sequences=\d+|nowhere\.txt does not exist"):

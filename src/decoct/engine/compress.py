@@ -16,7 +16,7 @@ from torch import Tensor
 from decoct.engine.budget import Budget, peak_resident_bytes
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.journal import JOURNAL, Journal, exclusive, recorded_dtype
-from decoct.engine.plan import Plan, make_plan
+from decoct.engine.plan import Plan, check_stages, make_plan
 from decoct.engine.rules import Rule
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
 from decoct.engine.write import finish_folder
@@ -26,6 +26,9 @@ from decoct.version import __version__
 
 RUN_FOLDER = ".run"
 """Inside the output folder while a run is unfinished: journal, shards, activations."""
+
+DONE_FOLDER = ".run-done"
+"""What the run folder is called while it is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,8 @@ def compress_job(job: Job, watch: Watch) -> Result:
     run = job.out / RUN_FOLDER
     _check_output(job, run)
     plan = _plan(job, 0, job.model, run)
+    if len(job.stages) > 1:
+        check_stages(job.model, (stage.steps for stage in job.stages))
     if job.fresh:
         shutil.rmtree(job.out if (job.out / MANIFEST).exists() else run, ignore_errors=True)
     with exclusive(run):
@@ -132,7 +137,9 @@ def compress_job(job: Job, watch: Watch) -> Result:
             finish_folder(model, staged, folder, _shards(staged), entry)
             model = open_model(folder)
         _write_summary(job, events, started)
-    shutil.rmtree(run)
+    done = run.with_name(DONE_FOLDER)
+    run.replace(done)  # at once: a run folder that is half removed would look like an unfinished run
+    shutil.rmtree(done)
     return Result(
         folder=job.out,
         nbytes=model.nbytes,
@@ -220,15 +227,22 @@ def _check_output(job: Job, run: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the result")
     source = job.model.source
-    if isinstance(source, FolderSource) and out.exists() and out.samefile(source.folder):
-        raise ValueError(f"{out} is the model itself; choose another folder for the result")
-    finished = (out / MANIFEST).exists()
+    if isinstance(source, FolderSource) and source.folder.resolve().is_relative_to(out.resolve()):
+        verb = "is" if out.samefile(source.folder) else "holds"
+        raise ValueError(f"{out} {verb} the model itself; choose another folder for the result")
+    shutil.rmtree(out / DONE_FOLDER, ignore_errors=True)
+    finished, unfinished = (out / MANIFEST).exists(), _has_journal(run)
     if job.fresh and (finished or run.exists()):
         return
-    if finished and not run.exists():
+    if finished and not unfinished:
         raise ValueError(f"{out} already holds a finished model; choose another folder, or add --fresh to replace it")
     if out.exists() and not run.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run of decoct; choose another folder")
+
+
+def _has_journal(run: Path) -> bool:
+    """Whether a run folder holds work, and not a mere lock."""
+    return any(run.glob(f"stage-*/{JOURNAL}"))
 
 
 def _check_source(model: Model, *, thorough: bool) -> None:
@@ -272,3 +286,30 @@ def _short(text: str) -> str:
 def read_summary(folder: Path) -> dict[str, Any]:
     """decoct-run.json of a finished checkpoint: seconds, peak memory, each part's error."""
     return dict(read_json(folder / RUN_SUMMARY))
+
+
+def is_result_of(folder: Path, stages: tuple[BlocksStage, ...]) -> bool:
+    """Whether a folder holds the finished result of these stages."""
+    if not (folder / MANIFEST).exists() or _has_journal(folder / RUN_FOLDER):
+        return False
+    made = [entry["stage"] for entry in read_json(folder / MANIFEST)["lineage"]]
+    wanted = json.loads(json.dumps([stage.description for stage in stages]))
+    return made[-len(stages) :] == wanted
+
+
+def read_result(folder: Path) -> Result:
+    """The result of a run that is over.
+
+    Raises:
+        ValueError: the folder is no finished result.
+    """
+    summary, model = read_summary(folder), open_model(folder)
+    return Result(
+        folder=folder,
+        nbytes=model.nbytes,
+        bits_per_weight=model.bits_per_weight,
+        seconds=summary["seconds"],
+        peak_bytes=summary["peak_bytes"],
+        errors={part["part"]: part["error"] for part in summary["parts"] if part["error"] is not None},
+        starved=tuple(name for part in summary["parts"] for name in part["starved"]),
+    )

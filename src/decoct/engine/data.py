@@ -50,9 +50,7 @@ def load_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
     Raises:
         ValueError: no such text, or too short a one; the message says how many tokens there are.
     """
-    limit = model.config.get("max_position_embeddings")
-    if limit is not None and data.sequence_length > int(limit):
-        raise ValueError(f"sequence_length {data.sequence_length} is more than the model's limit of {limit} tokens")
+    check_length(data, model)
     if data.source == SELF:
         return self_tokens(data, model, on_progress)
     tokens = text_tokens(data.source, model, data.num_tokens)
@@ -63,6 +61,20 @@ def load_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
             f"{data.num_tokens}; set data.num_sequences={most} or take a longer text"
         )
     return tokens[: data.num_tokens].reshape(data.num_sequences, data.sequence_length)
+
+
+def check_length(data: Data, model: Model) -> None:
+    """Refuse sequences that the model was not made for.
+
+    Raises:
+        ValueError: they are longer than its limit.
+    """
+    if model.max_length is not None and data.sequence_length > model.max_length:
+        limit = model.max_length
+        raise ValueError(
+            f"sequence_length {data.sequence_length} is more than the model's limit of {limit} tokens; "
+            f"set data.sequence_length={limit} or less"
+        )
 
 
 def text_tokens(source: str, model: Model, at_most: int | None = None) -> Int[Tensor, " tokens"]:

@@ -10,7 +10,7 @@ import torch
 
 from decoct.engine.block import apply_method
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
-from decoct.engine.data import Data
+from decoct.engine.data import Data, check_length
 from decoct.engine.rules import Assignment, Method, Rule, assign
 from decoct.methods import LinearCorrection
 from decoct.model import Model
@@ -19,6 +19,7 @@ from decoct.weights import Dense, Weight
 
 _FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
 _TOKENS_AT_ONCE = 4096
+_REHEARSAL_WIDTHS = [*range(128, 1025, 128), *range(96, 769, 96), 2048, 4096]
 _MARGIN = 1.1  # allocators keep some of what was freed
 
 
@@ -94,8 +95,10 @@ def make_plan(
     assignments = tuple(assign(model, rules) for rules in steps)
     chains = _chains(model, assignments)
     _check_shapes(model, chains)
-    densities = {methods: _rehearse(methods) for methods in set(chains.values()) if methods}
+    sizes = {methods: _rehearse(methods, model.dtype) for methods in set(chains.values()) if methods}
     needs_data = any(method.stat is not None for methods in chains.values() for method in methods)
+    if needs_data:
+        check_length(data, model)
     if dtype is None:
         dtype = compute_dtype(model.dtype) if needs_data else model.dtype
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
@@ -106,7 +109,7 @@ def make_plan(
     peak = int(_MARGIN * (base + working + (activations if in_memory else 0)))
     if peak > limit:
         raise ValueError(_too_large(model, peak, limit, working))
-    output = _output_bytes(model, chains, densities)
+    output = _output_bytes(model, chains, sizes)
     scratch = 2 * activations
     if out is not None:
         _check_disk(out, output, budget.scratch, scratch)
@@ -123,6 +126,20 @@ def make_plan(
         scratch_bytes=scratch,
         seconds=_seconds(model, chains, data if needs_data else None, dtype),
     )
+
+
+def check_stages(model: Model, stages: Iterable[tuple[tuple[Rule, ...], ...]]) -> None:
+    """Refuse stages that cannot follow one another, before the first one runs.
+
+    Raises:
+        ValueError: as for `make_plan`.
+    """
+    assignments = tuple(assign(model, rules) for steps in stages for rules in steps)
+    chains = _chains(model, assignments)
+    _check_shapes(model, chains)
+    for methods in set(chains.values()):
+        if methods:
+            _rehearse(methods, model.dtype)
 
 
 Chains = dict[str, tuple[Method, ...]]
@@ -150,15 +167,27 @@ def _check_shapes(model: Model, chains: Chains) -> None:
             leaves = [found for leaf in leaves for found in method.leaves(leaf)]
 
 
-def _rehearse(methods: tuple[Method, ...]) -> float:
-    """Run a chain on a small random matrix: refusals show now, not after hours. Gives its bits per weight.
+Sizes = tuple[float, float, float]
+"""Bytes of a compressed matrix as a·out·in + b·out + c·in: codes and masks, scales of rows, low-rank factors."""
+
+
+def _rehearse(methods: tuple[Method, ...], dtype: torch.dtype) -> Sizes:
+    """Run a chain on small random matrices: refusals show now, not after hours. Gives the sizes it leads to.
 
     Raises:
         ValueError: a method cannot follow the ones before it.
     """
-    shape = next(shape for shape in _rehearsal_shapes() if _fits(methods, shape))
+    unit = next(width for width in _REHEARSAL_WIDTHS if all(_fits(methods, shape) for shape in _trio(width)))
+    shapes = _trio(unit)
+    terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
+    sizes = torch.tensor([_rehearse_once(methods, shape, dtype) for shape in shapes], dtype=torch.float64)
+    a, b, c = torch.linalg.solve(terms, sizes).tolist()
+    return a, b, c
+
+
+def _rehearse_once(methods: tuple[Method, ...], shape: tuple[int, int], dtype: torch.dtype) -> int:
     generator = torch.Generator().manual_seed(0)
-    original: Weight = Dense.of(torch.randn(*shape, generator=generator).to(torch.bfloat16))
+    original: Weight = Dense.of(torch.randn(*shape, generator=generator).to(dtype))
     inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
     weight = original
     for method in methods:
@@ -167,12 +196,11 @@ def _rehearse(methods: tuple[Method, ...]) -> float:
             stat = method.stat.empty(shape[1])
             stat.add(inputs)
         weight = apply_method(method, weight, stat, original, "this recipe")
-    return weight.bits_per_weight
+    return weight.nbytes
 
 
-def _rehearsal_shapes() -> Iterable[tuple[int, int]]:
-    widths = [128 * n for n in range(1, 9)] + [96 * n for n in range(1, 9)] + [2048, 4096]
-    return ((width, width) for width in widths)
+def _trio(unit: int) -> tuple[tuple[int, int], ...]:
+    return (unit, unit), (2 * unit, unit), (unit, 2 * unit)
 
 
 def _fits(methods: tuple[Method, ...], shape: tuple[int, int]) -> bool:
@@ -226,13 +254,14 @@ def _edge_readers(model: Model) -> dict[str, list[str]]:
     return readers
 
 
-def _output_bytes(model: Model, chains: Chains, densities: dict[tuple[Method, ...], float]) -> int:
-    total = model.nbytes
+def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Method, ...], Sizes]) -> int:
+    total = float(model.nbytes)
     for name, methods in chains.items():
         if methods and name not in model.described:
-            entries = prod(model.shape(name))
-            total += int(entries * densities[methods] / 8) - entries * model.dtype.itemsize
-    return max(total, 1)
+            out, cols = _matrix(model, name)
+            a, b, c = sizes[methods]
+            total += a * out * cols + b * out + c * cols - out * cols * model.dtype.itemsize
+    return max(round(total), 1)
 
 
 def _seconds(model: Model, chains: Chains, data: Data | None, dtype: torch.dtype) -> float:
@@ -271,6 +300,8 @@ def _check_disk(out: Path, output: int, scratch: Path | None, scratch_bytes: int
     places[scratch or out] += scratch_bytes
     if scratch is not None and _device(scratch) == _device(out):
         places = Counter({out: output + scratch_bytes})
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())  # by the run that is resumed
+    places[out] -= min(written, places[out])
     for place, needed in places.items():
         free = free_bytes(place)
         if needed > free:

@@ -108,6 +108,9 @@ def evaluate_model(
     """
     started = time.perf_counter()
     tokens = _windows(model, text, windows, length, bos)
+    if against is not None and against.max_length is not None and tokens.shape[1] > against.max_length:
+        limit = against.max_length
+        raise ValueError(f"{against.source.label} has a limit of {limit} tokens; give --length {limit} or less")
     if against is not None and against.shape(against.family.embed)[0] != model.shape(model.family.embed)[0]:
         raise ValueError(
             f"{model.source.label} and {against.source.label} have different vocabularies; KL needs the same"
@@ -152,7 +155,7 @@ def append_measurement(path: Path, measurement: Measurement) -> None:
 def _windows(
     model: Model, text: str, windows: int | None, length: int | None, bos: bool
 ) -> Int[Tensor, "windows length"]:
-    limit = int(model.config.get("max_position_embeddings") or model.config.get("n_positions") or 2048)
+    limit = model.max_length or 2048
     size = min(2048, limit) if length is None else length
     if not 2 <= size <= limit:
         raise ValueError(f"length {size} must lie between 2 and the model's limit of {limit} tokens")
