@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of a family, weights large enough that every layer matters."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name.split("-")[0], **{**CONFIGS[name], **changes})
+    config = AutoConfig.for_model(name.split("-", 1)[0], **{**CONFIGS[name], **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

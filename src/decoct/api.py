@@ -107,13 +107,16 @@ def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
     if not several:
         raise RecipeError("give a recipe file or a preset; `decoct methods` lists presets")
     values = [each if isinstance(each, dict) else read_recipe(each) for each in several]
+    for value in values:
+        if not isinstance(value.get("stages"), list):
+            raise RecipeError("a recipe needs stages: a list such as [{blocks: [{linear: {gptq: {bits: 4}}}]}]")
     joined = dict(values[0])
     joined["stages"] = [stage for value in values for stage in value.get("stages") or []]
     for value in values[1:]:
         joined = {**{k: v for k, v in value.items() if k != "stages"}, **joined}
     parsed = parse_recipe(with_settings(joined, list(settings)))
     for form in parsed.export:
-        check_format(form)
+        _check_format(form)
     return parsed
 
 
@@ -210,7 +213,7 @@ def export(model: str | Path | Model, to: str, out: str | Path, *, fold: bool = 
     Raises:
         ValueError: see `export_model`.
     """
-    check_format(to)
+    _check_format(to)
     export_model(open_model(model), to, Path(out), fold=fold)
 
 
@@ -224,6 +227,13 @@ def list_methods() -> tuple[MethodInfo, ...]:
         settings = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
         found.append(MethodInfo(name, about, settings))
     return tuple(found)
+
+
+def _check_format(to: str) -> None:
+    try:
+        check_format(to)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _kind(model: Model, name: str) -> str:

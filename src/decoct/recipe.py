@@ -58,7 +58,10 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.exists():
             raise RecipeError(f"recipe {path} does not exist")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise RecipeError(f"{path} cannot be read as a recipe ({error})") from None
     else:
         known = presets()
         if str(source) not in known:
@@ -105,7 +108,10 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         scope, _, name = key.strip().partition(".")
         if not equals or not name:
             raise RecipeError(f"--set {setting!r}: write it as data.num_sequences=64 or gptq.bits=3")
-        new = yaml.safe_load(text)
+        try:
+            new = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {setting!r}: {text!r} is not a valid value") from None
         if scope in ("data", "budget"):
             changed.setdefault(scope, {})
             changed[scope] = {**(changed[scope] or {}), name: new}

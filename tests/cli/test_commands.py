@@ -38,7 +38,7 @@ def answer(*arguments: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("cli"), "llama-tied")
+    return make_base(tmp_path_factory.mktemp("cli"), "llama-tied", max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def try_points(base: Path, text: Path, folder: Path, every: int, recipe: dict[st
         run(base, out, **settings)
 
     def go_on() -> None:
-        if (out / "decoct.json").exists() and not (out / ".run").exists():
+        if (out / "decoct.json").exists() and not any((out / name).exists() for name in (".run", ".run-done")):
             return  # it was stopped after its last step
         run(base, out, **settings)
 

@@ -60,7 +60,11 @@ def test_compressed_tensors_in_transformers(scheme: str, tmp_path: Path) -> None
 @torch.no_grad()
 def test_dense_in_transformers(tmp_path: Path) -> None:
     save_model("gpt2", tmp_path / "base")
-    compress(tmp_path / "base", tmp_path / "out", [{"linear": {"match": ["embed", "*"], "rtn": {"bits": 4, "group_size": 8}}}])
+    compress(
+        tmp_path / "base",
+        tmp_path / "out",
+        [{"linear": {"match": ["embed", "*"], "rtn": {"bits": 4, "group_size": 8}}}],
+    )
     model = open_model(tmp_path / "out")
     export_model(model, "dense", tmp_path / "dense")
     tokens = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -73,10 +77,12 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     save_model("llama-tied", tmp_path / "base")
     compress(tmp_path / "base", tmp_path / "out", [{"linear": {"match": "embed", "rtn": {"bits": 8, "group_size": 8}}}])
     model = open_model(tmp_path / "out")
-    with pytest.raises(ValueError, match="embed_tokens.weight: it is a quantized embed.*--fold"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight: it is a quantized embed.*--fold"):
         export_model(model, "compressed_tensors", tmp_path / "ct")
     with pytest.raises(ValueError, match="did you mean compressed_tensors"):
         export_model(model, "compressed-tensor", tmp_path / "ct")
-    compress(tmp_path / "base", tmp_path / "mixed", [{"linear": [{"match": "attn.q", "rtn": {"bits": 8, "group_size": 8}}]}])
+    compress(
+        tmp_path / "base", tmp_path / "mixed", [{"linear": [{"match": "attn.q", "rtn": {"bits": 8, "group_size": 8}}]}]
+    )
     with pytest.raises(ValueError, match=r"attn.q, attn.k, attn.v have different schemes"):
         export_model(open_model(tmp_path / "mixed"), "compressed_tensors", tmp_path / "ct")

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from decoct.ops.grid import Grid, dequantize, fit_grid, quantize, resolve_group_size
+from decoct.ops.grid import Grid, dequantize, fit_grid, quantize, quantize_packed, resolve_group_size
+from decoct.ops.packing import pack_bits
 from tests.reference import grids as reference
 from tests.reference.inputs import gaussian
 
@@ -138,6 +139,15 @@ def test_many_rows_are_worked_in_parts_without_a_seam() -> None:
     codes = quantize(w, whole)
     assert torch.equal(codes[-3:], quantize(w[-3:], last))
     assert torch.equal(dequantize(codes, whole)[-3:], dequantize(codes[-3:], last))
+
+
+@SYMMETRY
+@pytest.mark.parametrize("group_size", [8, "tensor"])
+def test_packed_codes_are_the_codes_packed(group_size: int | str, symmetric: bool) -> None:
+    w = heavy_tailed(40, 1 << 15)[:, :-8]  # worked in parts, and a width that fills no power of two
+    for bits in (3, 4, 8):
+        grid = fit_grid(w, bits=bits, group_size=group_size, symmetric=symmetric)
+        assert torch.equal(quantize_packed(w, grid), pack_bits(quantize(w, grid), bits))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -62,10 +62,7 @@ def fit(w: Matrix, bits: int, group_size: int | str, symmetric: bool, dtype: tor
         scale, zero = group_grid([v for row in w for v in row], bits, symmetric, dtype)
         return Grids([[scale]], [[zero]], bits, width)
     size = width if group_size == "channel" else int(group_size)
-    pairs = [
-        [group_grid(row[j : j + size], bits, symmetric, dtype) for j in range(0, width, size)]
-        for row in w
-    ]
+    pairs = [[group_grid(row[j : j + size], bits, symmetric, dtype) for j in range(0, width, size)] for row in w]
     return Grids([[p[0] for p in row] for row in pairs], [[p[1] for p in row] for row in pairs], bits, size)
 
 

@@ -110,14 +110,17 @@ def compress_job(job: Job, watch: Watch) -> Result:
         ValueError: anything the user can mend; one line that says what to do.
     """
     started = time.perf_counter()
-    run = job.out / RUN_FOLDER
+    run, done = job.out / RUN_FOLDER, job.out / DONE_FOLDER
+    if done.exists() and not job.fresh and is_result_of(job.out, job.stages):
+        shutil.rmtree(done)  # all that was left to do
+        return read_result(job.out)
     _check_output(job, run)
     plan = _plan(job, 0, job.model, run)
     if len(job.stages) > 1:
         check_stages(job.model, (stage.steps for stage in job.stages))
-    if job.fresh:
-        shutil.rmtree(job.out if (job.out / MANIFEST).exists() else run, ignore_errors=True)
     with exclusive(run):
+        if job.fresh:
+            _discard(job.out, run)
         _check_source(job.model, thorough=plan.needs_data)
         events: list[Event] = []
         model = job.model
@@ -137,7 +140,6 @@ def compress_job(job: Job, watch: Watch) -> Result:
             finish_folder(model, staged, folder, _shards(staged), entry)
             model = open_model(folder)
         _write_summary(job, events, started)
-    done = run.with_name(DONE_FOLDER)
     run.replace(done)  # at once: a run folder that is half removed would look like an unfinished run
     shutil.rmtree(done)
     return Result(
@@ -230,7 +232,6 @@ def _check_output(job: Job, run: Path) -> None:
     if isinstance(source, FolderSource) and source.folder.resolve().is_relative_to(out.resolve()):
         verb = "is" if out.samefile(source.folder) else "holds"
         raise ValueError(f"{out} {verb} the model itself; choose another folder for the result")
-    shutil.rmtree(out / DONE_FOLDER, ignore_errors=True)
     finished, unfinished = (out / MANIFEST).exists(), _has_journal(run)
     if job.fresh and (finished or run.exists()):
         return
@@ -238,6 +239,18 @@ def _check_output(job: Job, run: Path) -> None:
         raise ValueError(f"{out} already holds a finished model; choose another folder, or add --fresh to replace it")
     if out.exists() and not run.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run of decoct; choose another folder")
+
+
+def _discard(out: Path, run: Path) -> None:
+    """Remove an unfinished run (but the lock, which is held) and, where decoct wrote it, the result beside it."""
+    ours = [path for path in run.iterdir() if path.name != "lock"]
+    if (out / MANIFEST).exists():
+        ours += [path for path in out.iterdir() if path != run]
+    for path in ours:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _has_journal(run: Path) -> bool:
@@ -294,7 +307,7 @@ def is_result_of(folder: Path, stages: tuple[BlocksStage, ...]) -> bool:
         return False
     made = [entry["stage"] for entry in read_json(folder / MANIFEST)["lineage"]]
     wanted = json.loads(json.dumps([stage.description for stage in stages]))
-    return made[-len(stages) :] == wanted
+    return bool(made[-len(stages) :] == wanted)
 
 
 def read_result(folder: Path) -> Result:
