@@ -108,7 +108,7 @@ def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
         raise RecipeError("give a recipe file or a preset; `decoct methods` lists presets")
     values = [each if isinstance(each, dict) else read_recipe(each) for each in several]
     for value in values:
-        if not isinstance(value.get("stages"), list):
+        if not isinstance(value.get("stages", []), list):
             raise RecipeError("a recipe needs stages: a list such as [{blocks: [{linear: {gptq: {bits: 4}}}]}]")
     joined = dict(values[0])
     joined["stages"] = [stage for value in values for stage in value.get("stages") or []]
@@ -156,12 +156,12 @@ def compress(
     """
     parsed = load_recipe(recipe, settings)
     folder = Path(out)
+    job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh)
     missing = [form for form in parsed.export if not (folder / form / "config.json").exists()]
-    if missing and not fresh and is_result_of(folder, parsed.stages):
+    if missing and not fresh and is_result_of(folder, job):
         result = read_result(folder)  # only its exports were cut off
     else:
         missing = list(parsed.export)
-        job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh)
         result = compress_job(job, watch or Watch())
     for form in missing:
         shutil.rmtree(folder / form, ignore_errors=True)

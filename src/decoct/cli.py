@@ -87,7 +87,7 @@ def compress(
     settings: SetOption = None,
     data: TextOption = None,
     memory: MemoryOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what decoct left in OUT before.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Empty OUT first, if decoct wrote it.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compress a model. Interrupted at any point, the same command goes on where it was."""

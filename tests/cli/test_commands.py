@@ -178,7 +178,7 @@ def test_presets_plan(name: str, base: Path) -> None:
     wide = base.parent / "wide"
     if not wide.exists():
         wide.mkdir()
-        make_base(wide, hidden_size=128, intermediate_size=256, head_dim=32)
+        make_base(wide, hidden_size=128, intermediate_size=256, head_dim=32, max_position_embeddings=1024)
     assert answer("plan", wide / "base", "--preset", name)["bits_per_weight"] < 32
 
 

@@ -111,7 +111,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
     """
     started = time.perf_counter()
     run, done = job.out / RUN_FOLDER, job.out / DONE_FOLDER
-    if done.exists() and not job.fresh and is_result_of(job.out, job.stages):
+    if done.exists() and not job.fresh and is_result_of(job.out, job):
         shutil.rmtree(done)  # all that was left to do
         return read_result(job.out)
     _check_output(job, run)
@@ -199,8 +199,11 @@ def _run_stage(
 
 def _data_record(data: Data, tokens: Tensor) -> dict[str, Any]:
     """Calibration as the lineage tells it; a file by its name alone, so that a moved one is still the same."""
-    source = Path(data.source).name if Path(data.source).exists() else data.source
-    return {**data.model_dump(), "source": source, "tokens": tokens_digest(tokens)}
+    return {**data.model_dump(), "source": _text_name(data), "tokens": tokens_digest(tokens)}
+
+
+def _text_name(data: Data) -> str:
+    return Path(data.source).name if Path(data.source).exists() else data.source
 
 
 def _plan(job: Job, number: int, model: Model, run: Path) -> Plan:
@@ -301,13 +304,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return dict(read_json(folder / RUN_SUMMARY))
 
 
-def is_result_of(folder: Path, stages: tuple[BlocksStage, ...]) -> bool:
-    """Whether a folder holds the finished result of these stages."""
+def is_result_of(folder: Path, job: Job) -> bool:
+    """Whether a folder holds the finished result of a job: the same stages on the same model with the same data."""
     if not (folder / MANIFEST).exists() or _has_journal(folder / RUN_FOLDER):
         return False
-    made = [entry["stage"] for entry in read_json(folder / MANIFEST)["lineage"]]
-    wanted = json.loads(json.dumps([stage.description for stage in stages]))
-    return bool(made[-len(stages) :] == wanted)
+    made = read_json(folder / MANIFEST)["lineage"][-len(job.stages) :]
+    if [entry["stage"] for entry in made] != json.loads(json.dumps([stage.description for stage in job.stages])):
+        return False
+    data = {**job.data.model_dump(), "source": _text_name(job.data)}
+    read = [{k: v for k, v in entry["data"].items() if k != "tokens"} for entry in made if entry["data"]]
+    same_model = made[0]["source"]["fingerprint"] == _short(job.model.source.fingerprint())
+    return same_model and all(each == data for each in read)
 
 
 def read_result(folder: Path) -> Result:

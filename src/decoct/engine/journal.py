@@ -44,7 +44,7 @@ class Journal:
             changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
             raise ValueError(
                 f"{folder.parent.parent} holds an unfinished run with another {', '.join(changed)}; repeat the first "
-                "to finish it, add --fresh to discard it, or choose another output folder"
+                "command to finish it, add --fresh to discard it, or choose another output folder"
             )
         for line in lines[1:]:
             self.parts[line["part"]] = line

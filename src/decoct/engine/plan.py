@@ -10,7 +10,7 @@ import torch
 
 from decoct.engine.block import apply_method
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
-from decoct.engine.data import Data, check_length
+from decoct.engine.data import SELF, Data, check_length
 from decoct.engine.rules import Assignment, Method, Rule, assign
 from decoct.methods import LinearCorrection
 from decoct.model import Model
@@ -103,6 +103,9 @@ def make_plan(
         dtype = compute_dtype(model.dtype) if needs_data else model.dtype
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     working = _peak_part(model, chains, dtype, needs_data)
+    if needs_data and data.source == SELF:  # the whole model writes the text before the first block
+        whole = int(1.2 * model.num_parameters * model.dtype.itemsize)
+        working = max(working, whole)
     limit = budget.host_limit()
     base = resident_bytes() + _FIXED
     in_memory = int(_MARGIN * (base + activations + working)) <= limit
@@ -134,8 +137,10 @@ def check_stages(model: Model, stages: Iterable[tuple[tuple[Rule, ...], ...]]) -
     Raises:
         ValueError: as for `make_plan`.
     """
-    assignments = tuple(assign(model, rules) for steps in stages for rules in steps)
-    chains = _chains(model, assignments)
+    by_stage = [tuple(assign(model, rules) for rules in steps) for steps in stages]
+    for assignments in by_stage:
+        _check_shapes(model, _chains(model, assignments))
+    chains = _chains(model, tuple(assignment for assignments in by_stage for assignment in assignments))
     _check_shapes(model, chains)
     for methods in set(chains.values()):
         if methods:
@@ -156,8 +161,10 @@ def _check_shapes(model: Model, chains: Chains) -> None:
         leaves: list[tuple[int, int]] = [(out, cols)]
         if methods and name == model.family.embed and any(m.stat is not None for m in methods):
             raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
-        if methods and isinstance(methods[0], LinearCorrection) and name not in model.described:
-            raise ValueError(f"{name}: a correction needs an earlier step that compresses; there is nothing to correct")
+        if methods and isinstance(methods[0], LinearCorrection):
+            raise ValueError(
+                f"{name}: a correction needs an earlier step of the same stage; there is nothing to correct"
+            )
         for method in methods:
             for leaf in leaves:
                 try:
