@@ -162,9 +162,7 @@ def _check_shapes(model: Model, chains: Chains) -> None:
         if methods and name == model.family.embed and any(m.stat is not None for m in methods):
             raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
         if methods and isinstance(methods[0], LinearCorrection):
-            raise ValueError(
-                f"{name}: a correction needs an earlier step of the same stage; there is nothing to correct"
-            )
+            raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")
         for method in methods:
             for leaf in leaves:
                 try:
