@@ -129,7 +129,7 @@ def test_columns_expand_scale_and_zero() -> None:
 
 
 def test_many_rows_are_worked_in_parts_without_a_seam() -> None:
-    w = gaussian(40, 1 << 15)  # more elements than are worked on together
+    w = gaussian(20, 1 << 15)  # more elements than are worked on together
     whole = fit_grid(w, bits=4, group_size=64, symmetric=False)
     last = fit_grid(w[-3:], bits=4, group_size=64, symmetric=False)
     assert whole.zero is not None
@@ -144,7 +144,7 @@ def test_many_rows_are_worked_in_parts_without_a_seam() -> None:
 @SYMMETRY
 @pytest.mark.parametrize("group_size", [8, "tensor"])
 def test_packed_codes_are_the_codes_packed(group_size: int | str, symmetric: bool) -> None:
-    w = heavy_tailed(40, 1 << 15)[:, :-8]  # worked in parts, and a width that fills no power of two
+    w = heavy_tailed(20, 1 << 15)[:, :-8]  # worked in parts, and a width that fills no power of two
     for bits in (3, 4, 8):
         grid = fit_grid(w, bits=bits, group_size=group_size, symmetric=symmetric)
         assert torch.equal(quantize_packed(w, grid), pack_bits(quantize(w, grid), bits))
