@@ -108,13 +108,7 @@ def evaluate_model(
     """
     started = time.perf_counter()
     tokens = _windows(model, text, windows, length, bos)
-    if against is not None and against.max_length is not None and tokens.shape[1] > against.max_length:
-        limit = against.max_length
-        raise ValueError(f"{against.source.label} has a limit of {limit} tokens; give --length {limit} or less")
-    if against is not None and against.shape(against.family.embed)[0] != model.shape(model.family.embed)[0]:
-        raise ValueError(
-            f"{model.source.label} and {against.source.label} have different vocabularies; KL needs the same"
-        )
+    _check_base(model, against, tokens.shape[1])
     tally = _run(model, against, tokens, dtype, on_progress)
     kl = tally.kl() if against is not None else None
     count, size = tokens.shape
@@ -143,6 +137,19 @@ def evaluate_model(
         decoct=__version__,
         protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}",
     )
+
+
+def _check_base(model: Model, against: Model | None, length: int) -> None:
+    """Refuse a base that cannot be run on the same windows."""
+    if against is None:
+        return
+    limit = against.max_length
+    if limit is not None and length > limit:
+        raise ValueError(f"{against.source.label} has a limit of {limit} tokens; give --length {limit} or less")
+    if against.shape(against.family.embed)[0] != model.shape(model.family.embed)[0]:
+        raise ValueError(
+            f"{model.source.label} and {against.source.label} have different vocabularies; KL needs the same"
+        )
 
 
 def append_measurement(path: Path, measurement: Measurement) -> None:
