@@ -8,15 +8,17 @@ import torch
 from decoct.arch import find_family
 from decoct.engine.runner import Runner
 from decoct.model import Model, open_model
+from decoct.weights import Dense
 from tests.tiny import CONFIGS, save_model
 
 
-def our_logits(model: Model, tokens: torch.Tensor) -> torch.Tensor:
+def our_logits(model: Model, tokens: torch.Tensor, unpack: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits in float32; `unpack`: what each matrix of a block is rounded to before it is used."""
     runner = Runner(model, torch.float32)
     hidden = runner.embed(tokens, model.weight(model.family.embed).unpack(torch.float32))
     for block in range(model.num_blocks):
         names = [model.prefix(block) + slot.name for slot in model.block_slots]
-        laid = runner.lay_out(block, {name: model.weight(name) for name in names})
+        laid = runner.lay_out(block, {name: Dense.of(model.weight(name).unpack(unpack)) for name in names})
         hidden = runner.run(block, laid, hidden)
     head = model.weight(model.family.embed if model.tied else model.family.head)
     return runner.logits(hidden, head.unpack(torch.float32))

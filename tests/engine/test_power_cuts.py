@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.engine.running import EVERYTHING
+import pytest
 
-ONE_STAGE: dict[str, Any] = {"stages": [{"blocks": [EVERYTHING]}]}
+from tests.engine.running import EORA, EVERYTHING, GPTQ, WANDA
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "one stage": {"stages": [{"blocks": [EVERYTHING]}]},
+    "two stages": {"stages": [{"blocks": [WANDA]}, {"blocks": [GPTQ, EORA]}]},
+}
 
 
 def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
@@ -25,4 +30,10 @@ def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
 
 
 def test_some_points(base: Path, tmp_path: Path) -> None:
-    assert cut(base, tmp_path, ONE_STAGE, every=7) >= 8
+    assert cut(base, tmp_path, RECIPES["one stage"], every=7) >= 8
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_point(recipe: str, base: Path, tmp_path: Path) -> None:
+    assert cut(base, tmp_path, RECIPES[recipe], every=1) >= 50
