@@ -133,6 +133,12 @@ class Model:
             raise ValueError(f"{self.source.label} lacks the tensor {name}; the checkpoint is incomplete")
         return self.source.read(self._stored[name])
 
+    def prefetch(self, block: int) -> None:
+        """Have a block's tensors, or after the last block lm_head, read ahead while something else is computed."""
+        prefix = self.prefix(block) if block < self.num_blocks else self.family.head
+        either = (prefix, prefix.removeprefix(self.family.base_prefix))
+        self.source.prefetch([raw for raw in self.source.names() if raw.startswith(either)])
+
     def missing(self) -> list[str]:
         """Slots that the architecture's table expects and the checkpoint lacks."""
         return [name for name in self._slot_names if name not in self._stored and name not in self.described]

@@ -18,7 +18,7 @@ from decoct.store import free_bytes
 from decoct.weights import Dense, Weight
 
 _FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 2048
 _REHEARSAL_WIDTHS = [*range(128, 1025, 128), *range(96, 769, 96), 2048, 4096]
 _MARGIN = 1.1  # allocators keep some of what was freed
 

@@ -12,7 +12,7 @@ from decoct.arch.hf import BlockCall, Skeleton, module_tensors
 from decoct.model import Model
 from decoct.weights import Weight
 
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 2048
 
 
 class Runner:
@@ -37,7 +37,7 @@ class Runner:
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
 
     def batch_size(self, num_sequences: int, length: int) -> int:
-        """Sequences to run together: the largest divisor of their number that keeps a batch near 4096 tokens."""
+        """Sequences to run together: the largest divisor of their number that keeps a batch near 2048 tokens."""
         most = max(1, _TOKENS_AT_ONCE // length)
         return max(n for n in range(1, min(most, num_sequences) + 1) if num_sequences % n == 0)
 

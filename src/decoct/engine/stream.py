@@ -119,6 +119,7 @@ class _Streamer:
         yield "lm_head", self._head
 
     def _embedding(self, number: int, total: int) -> dict[str, Any]:
+        self._model.prefetch(0)
         name = self._model.family.embed
         slots = {name: self._model.end_slots[0]}
         original, new = self._compress("embedding", slots, {}, ())
@@ -137,6 +138,7 @@ class _Streamer:
         slots = {model.prefix(block) + slot.name: slot for slot in model.block_slots}
         original = {name: model.weight(name) for name in slots}
         others = {name: model.tensor(name) for name in model.others(block)}
+        model.prefetch(block + 1)
         label = f"block {block}"
         if self._runner is None or block > self._last_needed:
             original, new = self._compress(label, slots, {}, (), original)

@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from decoct.ops.packing import pack_bits, packed_width
+from decoct.ops.parallel import each_piece
 
-_ROWS_AT_ONCE = 1 << 19  # elements worked on together: small enough to stay in cache, large enough to thread
 _SEARCH_LOW, _SEARCH_STEPS = 0.5, 26  # shrink factors tried by the clip search: 1.00, 0.98, ... 0.50
 
 
@@ -91,28 +91,33 @@ def fit_grid(
     size = resolve_group_size(group_size, cols)
     if group_size == "tensor":
         return _tensor_grid(w, bits, symmetric, scale_dtype)
-    step = max(1, _ROWS_AT_ONCE // cols)
-    weight = None if importance is None else importance.float().reshape(1, cols // size, size)
-    scales, zeros = [], []
-    for start in range(0, rows, step):
-        groups = w[start : start + step].float().reshape(-1, cols // size, size)
-        scale, zero = _span(groups, bits, symmetric, scale_dtype)
+    groups = cols // size
+    weight = None if importance is None else importance.float().reshape(1, groups, size)
+    scale = torch.empty(rows, groups, dtype=scale_dtype, device=w.device)
+    zero = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=w.device)
+
+    def fit(part: slice) -> None:
+        values = w[part].float().reshape(-1, groups, size)
+        found, middle = _span(values, bits, symmetric, scale_dtype)
         if search:
-            scale, zero = _search(groups, weight, scale, zero, bits, symmetric, scale_dtype)
-        scales.append(scale)
-        zeros.append(zero)
-    zero_codes = None if symmetric else torch.cat(zeros).to(torch.uint8)
-    return Grid(torch.cat(scales).to(scale_dtype), zero_codes, bits, size)
+            found, middle = _search(values, weight, found, middle, bits, symmetric, scale_dtype)
+        scale[part] = found.to(scale_dtype)
+        if zero is not None:
+            zero[part] = middle.to(torch.uint8)
+
+    each_piece(fit, rows, cols, w.device)
+    return Grid(scale, zero, bits, size)
 
 
 def quantize(w: Float[Tensor, "rows cols"], grid: Grid) -> UInt8[Tensor, "rows cols"]:
     """Round every weight to its group's nearest code."""
     rows, cols = w.shape
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=w.device)
-    step = max(1, _ROWS_AT_ONCE // cols)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+
+    def work(part: slice) -> None:
         codes[part] = _codes(w, grid, part)
+
+    each_piece(work, rows, cols, w.device)
     return codes
 
 
@@ -120,10 +125,11 @@ def quantize_packed(w: Float[Tensor, "rows cols"], grid: Grid) -> UInt8[Tensor, 
     """`pack_bits(quantize(w, grid), grid.bits)`, a few rows at a time: a large matrix needs no byte for each code."""
     rows, cols = w.shape
     packed = torch.empty(rows, packed_width(cols, grid.bits), dtype=torch.uint8, device=w.device)
-    step = max(1, _ROWS_AT_ONCE // cols)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+
+    def work(part: slice) -> None:
         packed[part] = pack_bits(_codes(w, grid, part), grid.bits)
+
+    each_piece(work, rows, cols, w.device)
     return packed
 
 
@@ -133,12 +139,13 @@ def dequantize(
     """Values of the codes, computed in float32 and rounded once to `dtype`."""
     rows, cols = codes.shape
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
-    step = max(1, _ROWS_AT_ONCE // cols)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+
+    def work(part: slice) -> None:
         scale, zero = _grouped(grid, part)
         groups = codes[part].reshape(-1, cols // grid.group_size, grid.group_size).float()
-        out[part] = groups.sub_(zero).mul_(scale).reshape(-1, cols).to(dtype)
+        out[part] = groups.sub_(zero).mul_(scale).reshape(-1, cols)
+
+    each_piece(work, rows, cols, codes.device)
     return out
 
 
@@ -165,12 +172,12 @@ def _round(groups: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Te
 
 def _span(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero [rows, groups] that cover each group's extremes."""
-    low, high = torch.aminmax(groups, dim=-1)
-    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise ValueError("the weights hold NaN or infinite values; the checkpoint is damaged")
     top = 2**bits - 1
+    high = (groups.abs() if symmetric else groups).amax(-1)  # two passes of amax are faster than one of aminmax
+    low = -high if symmetric else groups.amin(-1)
+    if not torch.isfinite(high - low).all():
+        raise ValueError("the weights hold NaN or infinite values; the checkpoint is damaged")
     if symmetric:
-        high = torch.maximum(high.abs(), low.abs())
         scale = _stored(high * (2 / top), dtype)
         zero = torch.full_like(high, 2 ** (bits - 1))
     else:
@@ -200,8 +207,8 @@ def _search(
         trial = _stored(span * factor, dtype)
         # Both ends shrink by the same factor, so the zero point moves only by what rounding the scale did.
         shift = zero if symmetric else (zero * factor * span / trial).round().clamp_(0, 2**bits - 1)
-        error = _round(groups, trial.unsqueeze(-1), shift.unsqueeze(-1), bits)
-        error.sub_(shift.unsqueeze(-1)).mul_(trial.unsqueeze(-1)).sub_(groups).square_()
+        step, middle = trial.unsqueeze(-1), 2.0 ** (bits - 1) if symmetric else shift.unsqueeze(-1)
+        error = groups.div(step).round_().clamp_(-middle, 2**bits - 1 - middle).mul_(step).sub_(groups).square_()
         loss = error.sum(-1) if weight is None else error.mul_(weight).sum(-1)
         better = loss < best
         best = torch.where(better, loss, best)

@@ -78,13 +78,13 @@ def _check_bits(bits: int) -> None:
 
 
 def _pack_aligned(lanes: UInt8[Tensor, "*rows groups 8"], bits: int) -> UInt8[Tensor, "*rows groups b"]:
-    """Codes that never straddle a byte: or the codes of each byte together."""
-    per_byte = 8 // bits
-    split = lanes.reshape(*lanes.shape[:-1], bits, per_byte)  # the bytes of eight codes, and the codes of each
-    packed = split[..., 0].clone()
-    for k in range(1, per_byte):
-        packed |= split[..., k] << (bits * k)
-    return packed
+    """Codes that never straddle a byte: neighbours are joined in wider words until eight bits are full."""
+    words, joined = lanes.contiguous(), bits
+    while joined < 8:
+        pairs = words.view(torch.int16)  # little-endian: the first of a pair is the low byte
+        words = ((pairs >> (8 - joined)) | pairs).to(torch.uint8)
+        joined *= 2
+    return words
 
 
 def _pack_straddling(lanes: UInt8[Tensor, "*rows groups 8"], bits: int) -> UInt8[Tensor, "*rows groups b"]:

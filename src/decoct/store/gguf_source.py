@@ -57,6 +57,9 @@ class GgufSource:
             values = _rotate_half_order(values, int(self.config[heads]))
         return values.to(torch.bfloat16)
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """The file is mapped; the system reads ahead by itself."""
+
     def fingerprint(self) -> str:
         """Name, size and modification time."""
         stat = self.path.stat()

@@ -46,6 +46,9 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Have the system read tensors ahead, as far as it can, while something else is computed."""
+
     def fingerprint(self) -> str:
         """Changes when the checkpoint does; compared on resume."""
 
@@ -86,6 +89,11 @@ class FolderSource:
             ValueError: the shard is truncated.
         """
         return self.where[name].read(name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Ask for the tensors' pages; they count as the system's cache, not as this process's memory."""
+        for name in names:
+            self.where[name].prefetch(name)
 
     def fingerprint(self) -> str:
         """Checksums where decoct wrote them, else names, sizes and times of the shards: enough to notice a swap."""

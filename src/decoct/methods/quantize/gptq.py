@@ -128,10 +128,10 @@ class _Rounder:
         index = torch.zeros_like(group) if whole else group
         self._scale = grid.scale.float().T.contiguous()
         self._zero = None if grid.zero is None else grid.zero.float().T.contiguous()
+        self._middle = 2.0 ** (grid.bits - 1)
+        self._top = 2**grid.bits - 1
         self._group: list[int] = index.tolist()
         self._diagonal: list[float] = torch.diagonal(U).tolist()
-        self._middle = float(2 ** (grid.bits - 1))
-        self._top = float(2**grid.bits - 1)
         self._errors = torch.empty_like(features)
         self.codes = torch.empty(features.shape, dtype=torch.uint8)
 
@@ -147,13 +147,13 @@ class _Rounder:
 
     def _leaf(self, start: int, stop: int) -> None:
         for j in range(start, stop):
-            column = self._features[j]
-            scale = self._scale[self._group[j]]
-            zero = self._middle if self._zero is None else self._zero[self._group[j]]
-            code = column.div(scale).round_().add_(zero).clamp_(0.0, self._top)
+            column, group = self._features[j], self._group[j]
+            scale = self._scale[group]
+            zero = self._middle if self._zero is None else self._zero[group]
+            step = column.div(scale).round_().clamp_(-zero, self._top - zero)  # the code, counted from zero
             if self._survivors is not None:
-                code = torch.where(self._survivors[j], code, zero)
-            self.codes[j] = code
-            error = torch.sub(column, code.sub_(zero).mul_(scale), out=self._errors[j]).div_(self._diagonal[j])
+                step = torch.where(self._survivors[j], step, 0.0)
+            self.codes[j] = step + zero
+            error = torch.addcmul(column, step, scale, value=-1.0, out=self._errors[j]).div_(self._diagonal[j])
             if j + 1 < stop:
                 self._features[j + 1 : stop].addr_(self._U[j, j + 1 : stop], error, alpha=-1.0)
