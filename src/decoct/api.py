@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from decoct.engine.compress import Job, Result, Watch, compress_job, is_result_of, read_result
-from decoct.engine.plan import Plan, make_plan
+from decoct.engine.compress import Job, Result, Watch, compress_job, is_result_of, plan_stage, read_result
+from decoct.engine.plan import Plan
 from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
 from decoct.exporters import check_format, export_model
@@ -129,7 +129,7 @@ def plan(
         ValueError: anything that would stop the run later.
     """
     parsed = load_recipe(recipe, settings)
-    return make_plan(open_model(model), parsed.stages[0].steps, parsed.data, parsed.budget, out)
+    return plan_stage(open_model(model), parsed.stages[0], parsed.data, parsed.budget, out)
 
 
 def compress(

@@ -10,13 +10,17 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from decoct.engine.budget import Budget
-from decoct.engine.compress import BlocksStage
+from decoct.engine.compress import BlocksStage, ModelStage, Stage
 from decoct.engine.data import Data
+from decoct.engine.plan import StepRules
 from decoct.engine.rules import Method, Rule
-from decoct.methods import METHODS
+from decoct.methods import METHODS, BlockMethod, ModelMethod
+from decoct.methods.quantize.e2e_qp import E2EQP
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
+_BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod)]
+_MODEL_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, ModelMethod)]
 _TOP_KEYS = ("name", "about", "data", "budget", "stages", "export")
 
 
@@ -35,7 +39,7 @@ class Recipe:
         export: formats to write beside the result.
     """
 
-    stages: tuple[BlocksStage, ...]
+    stages: tuple[Stage, ...]
     data: Data
     budget: Budget
     export: tuple[str, ...] = ()
@@ -126,13 +130,13 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     return changed
 
 
-def method_settings(method: Method) -> dict[str, Any]:
+def method_settings(method: Method | BlockMethod | ModelMethod) -> dict[str, Any]:
     """A method as a recipe spells it: `{"gptq": {"bits": 4, …}}`."""
     name = next(name for name, cls in METHODS.items() if type(method) is cls)
     return {name: asdict(method)}
 
 
-def build_method(name: str, value: Any, where: str) -> Method:
+def build_method(name: str, value: Any, where: str) -> Method | BlockMethod | ModelMethod:
     """One method from its name and fields.
 
     Raises:
@@ -159,20 +163,31 @@ def build_method(name: str, value: Any, where: str) -> Method:
         raise RecipeError(f"{where}.{name}: {error}") from None
 
 
-def _stage(value: Any, where: str) -> BlocksStage:
+def _stage(value: Any, where: str) -> Stage:
     kind, inner = _single(value, where)
+    if kind in _MODEL_METHODS:
+        method = build_method(kind, inner, where)
+        assert isinstance(method, E2EQP)
+        return ModelStage(method, method_settings(method))
     if kind != "blocks":
-        raise RecipeError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks'])}")
+        if kind in METHODS:
+            raise RecipeError(f"{where}: {kind} works inside a streamed pass; write {{blocks: [{{…: {{{kind}: …}}}}]}}")
+        raise RecipeError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks', *_MODEL_METHODS])}")
     if not isinstance(inner, list) or not inner:
         raise RecipeError(f"{where}.blocks must be a list of steps, such as [{{linear: {{gptq: {{bits: 4}}}}}}]")
     steps = tuple(_step(step, f"{where}.blocks[{i}]") for i, step in enumerate(inner))
-    return BlocksStage(steps, {"blocks": [{"linear": [_rule_settings(rule) for rule in rules]} for rules in steps]})
+    return BlocksStage(steps, {"blocks": [_step_settings(step) for step in steps]})
 
 
-def _step(value: Any, where: str) -> tuple[Rule, ...]:
+def _step(value: Any, where: str) -> StepRules:
     kind, inner = _single(value, where)
     if kind != "linear":
-        raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear'])}")
+        if kind not in METHODS:
+            raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear', *_BLOCK_METHODS])}")
+        method = build_method(kind, inner, where)
+        if not isinstance(method, BlockMethod):
+            raise RecipeError(f"{where}: {kind} works on single matrices; write {{linear: {{{kind}: …}}}}")
+        return method
     rules = inner if isinstance(inner, list) else [inner]
     return tuple(_rule(rule, f"{where}.linear[{i}]") for i, rule in enumerate(rules))
 
@@ -190,7 +205,16 @@ def _rule(value: Any, where: str) -> Rule:
     match = value.get("match", "*")
     patterns = (match,) if isinstance(match, str) else tuple(str(item) for item in match)
     share = _typed(float, value.get("min_share", 0.0), f"{where}.min_share")
-    return Rule(patterns, None if leave else build_method(names[0], value[names[0]], where), share)
+    method = None if leave else build_method(names[0], value[names[0]], where)
+    if isinstance(method, BlockMethod):
+        raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
+    if isinstance(method, ModelMethod):
+        raise RecipeError(f"{where}: {names[0]} works on the whole model; write it as a stage of its own")
+    return Rule(patterns, method, share)
+
+
+def _step_settings(step: StepRules) -> dict[str, Any]:
+    return method_settings(step) if isinstance(step, BlockMethod) else {"linear": [_rule_settings(r) for r in step]}
 
 
 def _rule_settings(rule: Rule) -> dict[str, Any]:

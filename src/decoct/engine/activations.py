@@ -18,7 +18,15 @@ class Activations:
     peak was as high as if there were no file.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, in_memory: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        in_memory: bool,
+        name: str = "activations",
+    ) -> None:
         """Describe them; nothing is allocated yet.
 
         Args:
@@ -26,9 +34,10 @@ class Activations:
             shape: (sequences, tokens, hidden).
             dtype: of the hidden states.
             in_memory: keep them in memory, and write a copy to disk after every block.
+            name: the files' name; several chains of states can share a folder.
         """
         self.shape, self.dtype = shape, dtype
-        self._folder, self._in_memory = folder, in_memory
+        self._folder, self._in_memory, self._name = folder, in_memory, name
         self._values: Tensor | None = torch.empty(shape, dtype=dtype) if in_memory else None
         self._source: Path | None = None
         self._target: BinaryIO | None = None
@@ -103,10 +112,10 @@ class Activations:
 
     def path(self, block: int) -> Path:
         """The file with the inputs of `block`."""
-        return self._folder / f"activations-{block:05d}.bin"
+        return self._folder / f"{self._name}-{block:05d}.bin"
 
     def _partial(self) -> Path:
-        return self._folder / ".activations.partial"
+        return self._folder / f".{self._name}.partial"
 
     @property
     def _sequence_bytes(self) -> int:

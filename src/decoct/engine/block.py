@@ -1,12 +1,12 @@
 """One block in memory, and the lifts that turn methods on matrices into steps on blocks."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decoct.arch import Slot
 from decoct.engine.rules import Method
-from decoct.methods import LinearMethod
+from decoct.methods import BlockMethod, BlockWeights, LinearMethod, Passage
 from decoct.weights import Weight
 
 Stats = Mapping[str, Mapping[type[Any], Any]]
@@ -24,6 +24,7 @@ class Block:
         weights: each slot's weight as earlier steps left it.
         stats: statistics of the inputs, by edge, then by kind.
         starved: slots that no calibration token reached; their statistics are neutral ones.
+        passage: calibration through the block, for steps that run it; None outside the blocks, or if none does.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Block:
     weights: dict[str, Weight]
     stats: Stats = field(default_factory=dict)
     starved: tuple[str, ...] = ()
+    passage: Passage | None = None
 
 
 Step = Callable[[Block], dict[str, Weight]]
@@ -57,6 +59,20 @@ def each_linear(methods: Mapping[str, Method]) -> Step:
     return step
 
 
+def each_block(method: BlockMethod) -> Step:
+    """Lift a method on whole blocks; what lies outside the blocks stays as it is."""
+
+    def step(block: Block) -> dict[str, Weight]:
+        if block.passage is None:
+            return {}
+        try:
+            return method.compress(BlockWeights(block.slots, block.original, block.weights), block.passage)
+        except ValueError as error:
+            raise ValueError(f"{block.label}: {error}") from error
+
+    return step
+
+
 def chain(*steps: Step) -> Step:
     """Run steps one after another on the same block, each seeing what the ones before it made."""
 
@@ -64,8 +80,7 @@ def chain(*steps: Step) -> Step:
         weights = dict(block.weights)
         changed: dict[str, Weight] = {}
         for each in steps:
-            seen = Block(block.label, block.slots, block.original, dict(weights), block.stats, block.starved)
-            new = each(seen)
+            new = each(replace(block, weights=dict(weights)))
             weights.update(new)
             changed.update(new)
         return changed

@@ -16,10 +16,11 @@ from torch import Tensor
 from decoct.engine.budget import Budget, peak_resident_bytes
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.journal import JOURNAL, Journal, exclusive, recorded_dtype
-from decoct.engine.plan import Plan, check_stages, make_plan
-from decoct.engine.rules import Rule
+from decoct.engine.plan import Plan, StepRules, check_stages, make_plan
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
+from decoct.engine.tune import Tuning, plan_tuning, run_tuning
 from decoct.engine.write import finish_folder
+from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model, open_model
 from decoct.store import MANIFEST, RUN_SUMMARY, FolderSource, open_safetensors, read_json, save_safetensors, write_json
 from decoct.version import __version__
@@ -36,12 +37,28 @@ class BlocksStage:
     """A streamed pass over the blocks.
 
     Attributes:
-        steps: the rules of each step; all steps run on a block while it is in memory.
+        steps: rules or a block method each; all steps run on a block while it is in memory.
         description: the stage as the recipe spells it.
     """
 
-    steps: tuple[tuple[Rule, ...], ...]
+    steps: tuple[StepRules, ...]
     description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStage:
+    """A method on the whole model.
+
+    Attributes:
+        method: what to do.
+        description: the stage as the recipe spells it.
+    """
+
+    method: E2EQP
+    description: dict[str, Any]
+
+
+Stage = BlocksStage | ModelStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +75,7 @@ class Job:
     """
 
     model: Model
-    stages: tuple[BlocksStage, ...]
+    stages: tuple[Stage, ...]
     data: Data
     budget: Budget
     out: Path
@@ -117,7 +134,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
     _check_output(job, run)
     plan = _plan(job, 0, job.model, run)
     if len(job.stages) > 1:
-        check_stages(job.model, (stage.steps for stage in job.stages))
+        check_stages(job.model, [stage.steps for stage in job.stages if isinstance(stage, BlocksStage)])
     with exclusive(run):
         if job.fresh:
             _discard(job.out, run)
@@ -155,7 +172,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
 
 def _run_stage(
     job: Job,
-    stage: BlocksStage,
+    stage: Stage,
     plan: Plan,
     model: Model,
     tokens: Int[Tensor, "sequences length"] | None,
@@ -178,17 +195,22 @@ def _run_stage(
         events.append(event)
         watch.event(event)
 
+    journal = Journal(staged, entry, folder)
+    if isinstance(stage, ModelStage):
+        assert tokens is not None
+        run_tuning(Tuning(stage.method, model, job.model, tokens, plan.dtype, staged, journal, note))
+        return entry
     scratch = staged if job.budget.scratch is None else job.budget.scratch / _short(str(job.out.absolute()))
     scratch.mkdir(parents=True, exist_ok=True)
     todo = Pass(
         model=model,
-        assignments=plan.assignments,
+        steps=plan.steps,
         tokens=tokens,
         dtype=plan.dtype,
         in_memory=plan.in_memory,
         folder=staged,
         scratch=scratch,
-        journal=Journal(staged, entry, folder),
+        journal=journal,
         on_event=note,
     )
     run_pass(todo)
@@ -210,7 +232,20 @@ def _plan(job: Job, number: int, model: Model, run: Path) -> Plan:
     """Plan a stage. A resumed one computes in what it began with: measuring again might choose otherwise."""
     journal = run / f"stage-{number}" / JOURNAL
     dtype = None if job.fresh else recorded_dtype(journal)
-    return make_plan(model, job.stages[number].steps, job.data, job.budget, job.out, dtype)
+    return plan_stage(model, job.stages[number], job.data, job.budget, job.out, dtype)
+
+
+def plan_stage(
+    model: Model, stage: Stage, data: Data, budget: Budget, out: Path | None, dtype: torch.dtype | None = None
+) -> Plan:
+    """What a stage will do and take; see `make_plan` and `plan_tuning`.
+
+    Raises:
+        ValueError: anything that would stop it later.
+    """
+    if isinstance(stage, ModelStage):
+        return plan_tuning(model, stage.method, data, budget, out, dtype)
+    return make_plan(model, stage.steps, data, budget, out, dtype)
 
 
 def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:

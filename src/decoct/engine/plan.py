@@ -12,15 +12,18 @@ from decoct.engine.block import apply_method
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import SELF, Data, check_length
 from decoct.engine.rules import Assignment, Method, Rule, assign
-from decoct.methods import LinearCorrection
+from decoct.methods import BlockMethod, LinearCorrection, ModelMethod
 from decoct.model import Model
 from decoct.store import free_bytes
 from decoct.weights import Dense, Weight
 
-_FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
+StepRules = tuple[Rule, ...] | BlockMethod
+"""A step as a recipe gives it: rules for single matrices, or a method for whole blocks."""
+
+FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
 _TOKENS_AT_ONCE = 2048
 _REHEARSAL_WIDTHS = [*range(128, 1025, 128), *range(96, 769, 96), 2048, 4096]
-_MARGIN = 1.1  # allocators keep some of what was freed
+MARGIN = 1.1  # allocators keep some of what was freed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Group:
     role: str
     count: int
     parameters: int
-    methods: tuple[Method, ...]
+    methods: tuple[Method | BlockMethod | ModelMethod, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Plan:
     """A recipe's stage, resolved against a model and a machine.
 
     Attributes:
-        assignments: one for each step.
+        steps: what each does, resolved.
         groups: what happens, by role; groups without methods are left alone.
         num_parameters: the model's.
         needs_data: whether any method needs calibration tokens.
@@ -52,7 +55,7 @@ class Plan:
         bits_per_weight: predicted, over all parameters.
     """
 
-    assignments: tuple[Assignment, ...]
+    steps: tuple[Assignment | BlockMethod, ...]
     groups: tuple[Group, ...]
     num_parameters: int
     needs_data: bool
@@ -72,7 +75,7 @@ class Plan:
 
 def make_plan(
     model: Model,
-    steps: tuple[tuple[Rule, ...], ...],
+    steps: tuple[StepRules, ...],
     data: Data,
     budget: Budget,
     out: Path | None,
@@ -82,7 +85,7 @@ def make_plan(
 
     Args:
         model: what to compress.
-        steps: each step's rules.
+        steps: in order.
         data: calibration.
         budget: limits.
         out: output folder, to look at its disk; None: not looked at.
@@ -92,32 +95,33 @@ def make_plan(
         ValueError: a rule that matches nothing, shapes or methods that do not fit together, or too little memory or
             disk; each says what to do.
     """
-    assignments = tuple(assign(model, rules) for rules in steps)
-    chains = _chains(model, assignments)
+    resolved = _resolve(model, steps)
+    chains = _chains(model, resolved)
     _check_shapes(model, chains)
     sizes = {methods: _rehearse(methods, model.dtype) for methods in set(chains.values()) if methods}
-    needs_data = any(method.stat is not None for methods in chains.values() for method in methods)
+    paired = any(isinstance(step, BlockMethod) for step in resolved)
+    needs_data = paired or any(method.stat is not None for methods in chains.values() for method in methods)
     if needs_data:
         check_length(data, model)
     if dtype is None:
         dtype = compute_dtype(model.dtype) if needs_data else model.dtype
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
-    working = _peak_part(model, chains, dtype, needs_data)
+    activations *= 2 if paired else 1  # of the model as it becomes and as it was
+    working = _peak_part(model, chains, dtype, data if needs_data else None)
     if needs_data and data.source == SELF:  # the whole model writes the text before the first block
         whole = int(1.2 * model.num_parameters * model.dtype.itemsize)
         working = max(working, whole)
     limit = budget.host_limit()
-    base = resident_bytes() + _FIXED
-    in_memory = int(_MARGIN * (base + activations + working)) <= limit
-    peak = int(_MARGIN * (base + working + (activations if in_memory else 0)))
+    base = resident_bytes() + FIXED
+    in_memory = int(MARGIN * (base + activations + working)) <= limit
+    peak = int(MARGIN * (base + working + (activations if in_memory else 0)))
     if peak > limit:
-        raise ValueError(_too_large(model, peak, limit, working))
+        raise ValueError(too_large(model, peak, limit, working))
     output = _output_bytes(model, chains, sizes)
-    scratch = 2 * activations
     if out is not None:
-        _check_disk(out, output, budget.scratch, scratch)
+        check_disk(out, output, budget.scratch, 2 * activations)
     return Plan(
-        assignments=assignments,
+        steps=resolved,
         groups=_groups(model, chains),
         num_parameters=model.num_parameters,
         needs_data=needs_data,
@@ -126,33 +130,46 @@ def make_plan(
         peak_bytes=peak,
         limit_bytes=limit,
         output_bytes=output,
-        scratch_bytes=scratch,
+        scratch_bytes=2 * activations,
         seconds=_seconds(model, chains, data if needs_data else None, dtype),
     )
 
 
-def check_stages(model: Model, stages: Iterable[tuple[tuple[Rule, ...], ...]]) -> None:
+def check_stages(model: Model, stages: Iterable[tuple[StepRules, ...]]) -> None:
     """Refuse stages that cannot follow one another, before the first one runs.
 
     Raises:
         ValueError: as for `make_plan`.
     """
-    by_stage = [tuple(assign(model, rules) for rules in steps) for steps in stages]
-    for assignments in by_stage:
-        _check_shapes(model, _chains(model, assignments))
-    chains = _chains(model, tuple(assignment for assignments in by_stage for assignment in assignments))
+    by_stage = [_resolve(model, steps) for steps in stages]
+    for steps in by_stage:
+        _check_shapes(model, _chains(model, steps))
+    chains = _chains(model, tuple(step for steps in by_stage for step in steps))
     _check_shapes(model, chains)
     for methods in set(chains.values()):
         if methods:
             _rehearse(methods, model.dtype)
 
 
-Chains = dict[str, tuple[Method, ...]]
+Chains = dict[str, tuple[Method | BlockMethod, ...]]
 
 
-def _chains(model: Model, assignments: tuple[Assignment, ...]) -> Chains:
-    """Each slot's methods over all steps, in order."""
-    return {name: tuple(a.methods[name] for a in assignments if name in a.methods) for name in model.slots()}
+def _resolve(model: Model, steps: tuple[StepRules, ...]) -> tuple[Assignment | BlockMethod, ...]:
+    return tuple(step if isinstance(step, BlockMethod) else assign(model, step) for step in steps)
+
+
+def _chains(model: Model, steps: tuple[Assignment | BlockMethod, ...]) -> Chains:
+    """Each slot's methods over all steps, in order; a block method is among those of every slot that it touches."""
+    chains: Chains = {}
+    for name, slot in model.slots().items():
+        found: list[Method | BlockMethod] = []
+        for step in steps:
+            if not isinstance(step, BlockMethod):
+                found += [step.methods[name]] if name in step.methods else []
+            elif not slot.protected and step.touches(dense=not found and name not in model.described):
+                found.append(step)
+        chains[name] = tuple(found)
+    return chains
 
 
 def _check_shapes(model: Model, chains: Chains) -> None:
@@ -176,7 +193,7 @@ Sizes = tuple[float, float, float]
 """Bytes of a compressed matrix as a·out·in + b·out + c·in: codes and masks, scales of rows, low-rank factors."""
 
 
-def _rehearse(methods: tuple[Method, ...], dtype: torch.dtype) -> Sizes:
+def _rehearse(methods: tuple[Method | BlockMethod, ...], dtype: torch.dtype) -> Sizes:
     """Run a chain on small random matrices: refusals show now, not after hours. Gives the sizes it leads to.
 
     Raises:
@@ -190,12 +207,15 @@ def _rehearse(methods: tuple[Method, ...], dtype: torch.dtype) -> Sizes:
     return a, b, c
 
 
-def _rehearse_once(methods: tuple[Method, ...], shape: tuple[int, int], dtype: torch.dtype) -> int:
+def _rehearse_once(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, int], dtype: torch.dtype) -> int:
     generator = torch.Generator().manual_seed(0)
     original: Weight = Dense.of(torch.randn(*shape, generator=generator).to(dtype))
     inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
     weight = original
     for method in methods:
+        if isinstance(method, BlockMethod):
+            weight = method.begin(weight)
+            continue
         stat = None
         if method.stat is not None:
             stat = method.stat.empty(shape[1])
@@ -208,7 +228,7 @@ def _trio(unit: int) -> tuple[tuple[int, int], ...]:
     return (unit, unit), (2 * unit, unit), (unit, 2 * unit)
 
 
-def _fits(methods: tuple[Method, ...], shape: tuple[int, int]) -> bool:
+def _fits(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, int]) -> bool:
     try:
         leaves = [shape]
         for method in methods:
@@ -220,31 +240,37 @@ def _fits(methods: tuple[Method, ...], shape: tuple[int, int]) -> bool:
     return True
 
 
-def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, needs_data: bool) -> int:
+def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, data: Data | None) -> int:
     """Bytes that the most demanding part takes while it is worked on."""
     itemsize = model.dtype.itemsize
-    blocks = 0
     prefix = model.prefix(0)
     slots = {prefix + slot.name: slot for slot in model.block_slots}
     entries = sum(prod(model.shape(name)) for name in slots)
-    workspace = max((m.workspace(_matrix(model, name)) for name in slots for m in chains[name]), default=0)
-    blocks = entries * itemsize + int(entries * 1.25) + workspace
-    if needs_data:
+    workspace = max((m.workspace(_matrix(model, n)) for n in slots for m in _linear(chains[n])), default=0)
+    blocks = entries * itemsize + int(entries * 1.25)
+    if data is not None:
         stats = 0
         for edge, readers in _edge_readers(model).items():
             kinds = {m.stat for name in readers for m in chains[name] if m.stat is not None}
             width = model.shape(readers[0])[1]
             stats += sum(kind.nbytes_for(width) for kind in kinds) if edge else 0
         widths = sum(sum(model.shape(name)) for name, slot in slots.items() if slot.expert in (None, 0))
-        forward = entries * dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
-        blocks += stats + forward
+        # A block kept for its gradient holds each matrix's input and output, and as much again between them.
+        sequence = 4 * data.sequence_length * widths * dtype.itemsize
+        whole = {m for name in slots for m in chains[name] if isinstance(m, BlockMethod)}
+        workspace = max([workspace, *(m.workspace(entries, sequence) for m in whole)])
+        blocks += stats + entries * dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
     ends = 0
     for slot in model.end_slots:
         size = prod(model.shape(slot.name))
-        extra = max((m.workspace(_matrix(model, slot.name)) for m in chains[slot.name]), default=0)
-        unpacked = size * dtype.itemsize if needs_data else 0
+        extra = max((m.workspace(_matrix(model, slot.name)) for m in _linear(chains[slot.name])), default=0)
+        unpacked = 0 if data is None else size * dtype.itemsize
         ends = max(ends, size * itemsize + unpacked + extra)
-    return max(blocks, ends)
+    return max(blocks + workspace, ends)
+
+
+def _linear(methods: tuple[Method | BlockMethod, ...]) -> list[Method]:
+    return [method for method in methods if not isinstance(method, BlockMethod)]
 
 
 def _matrix(model: Model, name: str) -> tuple[int, int]:
@@ -259,7 +285,7 @@ def _edge_readers(model: Model) -> dict[str, list[str]]:
     return readers
 
 
-def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Method, ...], Sizes]) -> int:
+def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Method | BlockMethod, ...], Sizes]) -> int:
     total = float(model.nbytes)
     for name, methods in chains.items():
         if methods and name not in model.described:
@@ -271,19 +297,22 @@ def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Method, ...], 
 
 def _seconds(model: Model, chains: Chains, data: Data | None, dtype: torch.dtype) -> float:
     """Two forward passes, the statistics, and the methods' own work, at the rate that products reach here."""
-    solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in methods)
+    solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in _linear(methods))
     full = product_rate(torch.float32)
     seconds = solving / full + 2 * model.nbytes / 1e9
     if data is not None:
         entries = sum(prod(model.shape(n)) for n, slot in model.slots().items() if not slot.protected)
         squares = sum(model.shape(readers[0])[1] ** 2 for readers in _edge_readers(model).values()) * model.num_blocks
+        whole = {m for methods in chains.values() for m in methods if isinstance(m, BlockMethod)}
+        learning = sum(m.operations(entries, data.num_sequences, data.sequence_length) for m in whole)
+        seconds += learning / (0.4 * product_rate(dtype))
         seconds += data.num_tokens * (4 * entries / (0.6 * product_rate(dtype)) + squares / full)
     return float(seconds)
 
 
 def _groups(model: Model, chains: Chains) -> tuple[Group, ...]:
-    counts: Counter[tuple[str, tuple[Method, ...]]] = Counter()
-    sizes: Counter[tuple[str, tuple[Method, ...]]] = Counter()
+    counts: Counter[tuple[str, tuple[Method | BlockMethod, ...]]] = Counter()
+    sizes: Counter[tuple[str, tuple[Method | BlockMethod, ...]]] = Counter()
     for name, slot in model.slots().items():
         key = (slot.role, chains[name])
         counts[key] += 1
@@ -291,7 +320,8 @@ def _groups(model: Model, chains: Chains) -> tuple[Group, ...]:
     return tuple(Group(role, counts[role, methods], sizes[role, methods], methods) for role, methods in counts)
 
 
-def _too_large(model: Model, peak: int, limit: int, working: int) -> str:
+def too_large(model: Model, peak: int, limit: int, working: int) -> str:
+    """The message for a model that does not fit into memory."""
     part = "one block" if working else "loading"
     return (
         f"{model.source.label} needs about {format_size(peak)} of memory ({format_size(working)} of it for {part} at a "
@@ -299,7 +329,12 @@ def _too_large(model: Model, peak: int, limit: int, working: int) -> str:
     )
 
 
-def _check_disk(out: Path, output: int, scratch: Path | None, scratch_bytes: int) -> None:
+def check_disk(out: Path, output: int, scratch: Path | None, scratch_bytes: int) -> None:
+    """Refuse what the disk cannot hold.
+
+    Raises:
+        ValueError: a place has too little room; says how much is missing where.
+    """
     places: Counter[Path] = Counter()
     places[out] += output
     places[scratch or out] += scratch_bytes

@@ -52,9 +52,17 @@ class Runner:
         Raises:
             ValueError: the checkpoint lacks one.
         """
+        return self.lay_out_matrices(block, {name: weight.unpack(self.dtype) for name, weight in weights.items()})
+
+    def lay_out_matrices(self, block: int, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same from matrices [out, in] in `dtype`; gradients flow back to them."""
+        others = {name: self.model.tensor(name).to(self.dtype) for name in self.model.others(block)}
+        return self.lay_out_given(block, {**matrices, **others})
+
+    def lay_out_given(self, block: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same from all of a block's tensors, in `dtype`, by full checkpoint name."""
         model, prefix = self.model, self.model.prefix(block)
-        tensors = {name.removeprefix(prefix): weight.unpack(self.dtype) for name, weight in weights.items()}
-        tensors.update({n.removeprefix(prefix): model.tensor(n).to(self.dtype) for n in model.others(block)})
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
         laid = module_tensors(model.family, prefix, model.block_slots, tensors)
         lacking = self.skeleton.block_parameters(block) - laid.keys()
         if lacking:

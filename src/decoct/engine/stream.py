@@ -13,12 +13,14 @@ from torch import Tensor
 
 from decoct.arch import Edge
 from decoct.engine.activations import Activations
-from decoct.engine.block import Block, Step, chain, each_linear
+from decoct.engine.block import Block, Step, chain, each_block, each_linear
 from decoct.engine.journal import Journal
+from decoct.engine.passage import BlockPassage, advance_reference
 from decoct.engine.record import Gathered, Wanted, record
 from decoct.engine.rules import Assignment
 from decoct.engine.runner import Runner
 from decoct.engine.write import shard_name, write_shard
+from decoct.methods import BlockMethod, Passage
 from decoct.model import Model
 from decoct.weights import Weight
 
@@ -59,7 +61,7 @@ class Pass:
 
     Attributes:
         model: what to compress.
-        assignments: one for each step, in order.
+        steps: what each step does, in order.
         tokens: calibration tokens; None if no step needs data.
         dtype: what blocks run in.
         in_memory: whether activations stay in memory.
@@ -70,7 +72,7 @@ class Pass:
     """
 
     model: Model
-    assignments: tuple[Assignment, ...]
+    steps: tuple[Assignment | BlockMethod, ...]
     tokens: Int[Tensor, "sequences length"] | None
     dtype: torch.dtype
     in_memory: bool
@@ -105,9 +107,14 @@ class _Streamer:
     def __init__(self, todo: Pass) -> None:
         self._todo = todo
         self._model = todo.model
-        self._steps: tuple[Step, ...] = tuple(each_linear(a.methods) for a in todo.assignments)
+        self._steps: tuple[Step, ...] = tuple(
+            each_block(step) if isinstance(step, BlockMethod) else each_linear(step.methods) for step in todo.steps
+        )
         self._runner: Runner | None = None if todo.tokens is None else Runner(todo.model, todo.dtype)
+        # Two chains of hidden states: of the model as it becomes and, if a step compares with it, as it was.
+        self._paired = any(isinstance(step, BlockMethod) for step in todo.steps)
         self._states: Activations | None = None
+        self._reference: Activations | None = None
         self._ready: int | None = None  # the block whose inputs the states hold
         self._last_needed = self._last_block_with_data()
 
@@ -124,14 +131,22 @@ class _Streamer:
         slots = {name: self._model.end_slots[0]}
         original, new = self._compress("embedding", slots, {}, ())
         if self._todo.tokens is not None:
-            assert self._runner is not None
-            table = new[name].unpack(self._todo.dtype)
-            states = self._new_states()
-            states.begin()
-            for start, stop in self._batches():
-                states.write(start, self._runner.embed(self._todo.tokens[start:stop], table))
-            self._commit(states, 0)
+            self._states = self._embed_all(new[name].unpack(self._todo.dtype), "activations")
+            if self._paired:
+                self._reference = self._embed_all(original[name].unpack(self._todo.dtype), "reference")
+            self._ready = 0
         return self._save("embedding", number, total, original, new, {}, None)
+
+    def _embed_all(self, table: Tensor, name: str) -> Activations:
+        """The inputs of the first block, with this embedding."""
+        assert self._todo.tokens is not None
+        assert self._runner is not None
+        states = self._new_states(name)
+        states.begin()
+        for start, stop in self._batches():
+            states.write(start, self._runner.embed(self._todo.tokens[start:stop], table))
+        states.commit(0)
+        return states
 
     def _block(self, block: int, number: int, total: int) -> dict[str, Any]:
         model = self._model
@@ -146,9 +161,13 @@ class _Streamer:
         states = self._states_for(block)
         laid = self._runner.lay_out(block, original)
         stats, references = self._gather(block, laid, states)
+        passage = None
+        if self._reference is not None:
+            advance_reference(self._runner, block, laid, self._reference, self._batches())
+            passage = BlockPassage(self._runner, block, states, self._reference)
         del laid  # the steps need the room
         starved = self._fill_starved(stats, slots)
-        original, new = self._compress(label, slots, stats, starved, original)
+        original, new = self._compress(label, slots, stats, starved, original, passage)
         del stats
         laid = self._runner.lay_out(block, new)
         error = self._advance(block, laid, states, references)
@@ -173,10 +192,11 @@ class _Streamer:
         stats: Gathered,
         starved: tuple[str, ...],
         original: dict[str, Weight] | None = None,
+        passage: Passage | None = None,
     ) -> tuple[dict[str, Weight], dict[str, Weight]]:
         """Run the steps; gives the weights before and after."""
         before = original if original is not None else {name: self._model.weight(name) for name in slots}
-        block = Block(label, slots, before, before, stats, starved)
+        block = Block(label, slots, before, before, stats, starved, passage)
         return before, {**before, **chain(*self._steps)(block)}
 
     def _gather(
@@ -238,7 +258,9 @@ class _Streamer:
 
     def _wanted(self, slots: dict[str, Any]) -> dict[str, frozenset[type[Any]]]:
         kinds: dict[str, set[type[Any]]] = {}
-        for assignment in self._todo.assignments:
+        for assignment in self._todo.steps:
+            if isinstance(assignment, BlockMethod):
+                continue
             for name, slot in slots.items():
                 method = assignment.methods.get(name)
                 if method is not None and method.stat is not None:
@@ -274,20 +296,23 @@ class _Streamer:
         self._todo.journal.finish(part, shard, error=error, nbytes=nbytes, starved=list(starved))
         if self._states is not None and self._ready:
             self._states.discard(self._ready - 1)
+            if self._reference is not None:
+                self._reference.discard(self._ready - 1)
         return self._todo.journal.parts[part]
 
-    def _new_states(self) -> Activations:
+    def _new_states(self, name: str) -> Activations:
         assert self._todo.tokens is not None
         assert self._runner is not None
         count, length = self._todo.tokens.shape
         width = self._model.shape(self._model.family.embed)[1]
         shape = (count, length, width)
-        return Activations(self._todo.scratch, shape, self._todo.dtype, in_memory=self._todo.in_memory)
+        return Activations(self._todo.scratch, shape, self._todo.dtype, in_memory=self._todo.in_memory, name=name)
 
     def _states_for(self, block: int) -> Activations:
         """The inputs of a block: at hand, or as an earlier run saved them."""
         if self._states is None or self._ready != block:
-            self._states = self._new_states().resume(block)
+            self._states = self._new_states("activations").resume(block)
+            self._reference = self._new_states("reference").resume(block) if self._paired else None
             self._ready = block
         return self._states
 

@@ -1,13 +1,15 @@
 """What a method is, and how methods that work on one dense matrix meet weights that are already compressed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from decoct.arch import Slot
 from decoct.stats import Stat
 from decoct.weights import Dense, LowRank, Masked, Shared, Sparse, Weight
 
@@ -82,6 +84,102 @@ class LinearCorrection(ABC):
     def operations(self, shape: tuple[int, int]) -> float:
         """As for LinearMethod."""
         return 100.0 * shape[0] * shape[1]
+
+
+class Passage(Protocol):
+    """Calibration on its way through one block: what a block method may read and run."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Calibration sequences."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the block runs in."""
+
+    def inputs(self, start: int, stop: int) -> Float[Tensor, "batch seq hidden"]:
+        """What the model as compressed so far feeds into the block, for sequences [start, stop)."""
+
+    def targets(self, start: int, stop: int) -> Float[Tensor, "batch seq hidden"]:
+        """What the block puts out in the model as it was before this stage."""
+
+    def run(
+        self, matrices: Mapping[str, Float[Tensor, "out in"]], x: Float[Tensor, "batch seq hidden"]
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """The block's output with a matrix, in `dtype`, for each of its slots; differentiable in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """The matrices of one block, by full slot name.
+
+    Attributes:
+        slots: the architecture's table.
+        original: as they were when the block was loaded.
+        weights: as earlier steps left them.
+    """
+
+    slots: Mapping[str, Slot]
+    original: Mapping[str, Weight]
+    weights: Mapping[str, Weight]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockMethod(ABC):
+    """Works on a whole block, which it can run: a step of its own in a recipe, beside `linear`."""
+
+    stat: ClassVar[None] = None
+
+    @abstractmethod
+    def compress(self, block: BlockWeights, passage: Passage) -> dict[str, Weight]:
+        """New weights for some of the slots.
+
+        Raises:
+            ValueError: nothing in the block that it could work on, or numbers that are not finite.
+        """
+
+    @abstractmethod
+    def begin(self, weight: Weight) -> Weight:
+        """Where the method starts from, without data: a weight of the kind and size that it will make of `weight`.
+
+        Raises:
+            ValueError: it cannot work on such a weight.
+        """
+
+    def touches(self, *, dense: bool) -> bool:  # noqa: ARG002 - most methods touch all
+        """Whether it works on slots that earlier steps left dense, or quantized."""
+        return True
+
+    def check(self, shape: tuple[int, int]) -> None:  # noqa: B027 - as for LinearMethod
+        """As for LinearMethod."""
+
+    def leaves(self, shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """As for LinearMethod."""
+        return (shape,)
+
+    @abstractmethod
+    def operations(self, entries: int, num_sequences: int, length: int) -> float:
+        """Floating-point operations for a block of so many matrix entries, roughly; for the planner's estimate.
+
+        Args:
+            entries: of all the block's matrices.
+            num_sequences: calibration sequences.
+            length: tokens in each.
+        """
+
+    @abstractmethod
+    def workspace(self, entries: int, sequence_bytes: int) -> int:
+        """Bytes that it takes at its peak beside the block's own matrices; the planner counts with it.
+
+        Args:
+            entries: of all the block's matrices.
+            sequence_bytes: of what one sequence leaves behind on its way through the block, for the gradient.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMethod:
+    """Works on the whole model: a stage of its own in a recipe. These are its settings; the engine runs the model."""
 
 
 DenseRule = Callable[[Float[Tensor, "out in"], Bool[Tensor, "out in"] | None, Any], Weight]

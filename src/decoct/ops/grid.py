@@ -175,7 +175,7 @@ def _span(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tup
     top = 2**bits - 1
     high = (groups.abs() if symmetric else groups).amax(-1)  # two passes of amax are faster than one of aminmax
     low = -high if symmetric else groups.amin(-1)
-    if not torch.isfinite(high - low).all():
+    if not (torch.isfinite(high).all() and torch.isfinite(low).all()):
         raise ValueError("the weights hold NaN or infinite values; the checkpoint is damaged")
     if symmetric:
         scale = _stored(high * (2 / top), dtype)

@@ -7,6 +7,7 @@ The writer gives the same bytes for the same tensors, which a resumed run is hel
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -72,7 +73,7 @@ class SafetensorsFile:
 
     def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor ahead of `read`; does nothing where it cannot."""
-        if not hasattr(os, "posix_fadvise"):
+        if sys.platform != "linux":
             return
         info = self.tensors[name]
         with self.path.open("rb", buffering=0) as handle:

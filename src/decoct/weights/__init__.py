@@ -3,6 +3,7 @@
 from decoct.weights.base import FORMAT_VERSION, Weight
 from decoct.weights.dense import Dense
 from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
+from decoct.weights.gradient import pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
@@ -24,6 +25,8 @@ __all__ = [
     "check_version",
     "describe",
     "described_dtype",
+    "pull_back",
     "rebuild",
     "tensor_specs",
+    "trainable",
 ]

@@ -1,0 +1,55 @@
+"""Calibration through one block, for methods that run it: inputs as compressed, targets as they were."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decoct.engine.activations import Activations
+from decoct.engine.runner import Runner
+
+
+def advance_reference(
+    runner: Runner, block: int, laid: Mapping[str, Tensor], reference: Activations, batches: Iterable[tuple[int, int]]
+) -> None:
+    """Run a block as it was on what the model as it was feeds into it: its outputs, and the next block's inputs."""
+    reference.begin()
+    for start, stop in batches:
+        reference.write(start, runner.run(block, laid, reference.read(start, stop)))
+    reference.commit(block + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPassage:
+    """See `decoct.methods.Passage`."""
+
+    runner: Runner
+    block: int
+    states: Activations
+    reference: Activations
+
+    @property
+    def num_sequences(self) -> int:
+        """Calibration sequences."""
+        return self.states.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the block runs in."""
+        return self.runner.dtype
+
+    def inputs(self, start: int, stop: int) -> Float[Tensor, "batch seq hidden"]:
+        """What the compressed blocks so far give."""
+        return self.states.read(start, stop)
+
+    def targets(self, start: int, stop: int) -> Float[Tensor, "batch seq hidden"]:
+        """What the uncompressed block gave."""
+        return self.reference.read(start, stop)
+
+    def run(
+        self, matrices: Mapping[str, Float[Tensor, "out in"]], x: Float[Tensor, "batch seq hidden"]
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """The block's output."""
+        return self.runner.run(self.block, self.runner.lay_out_matrices(self.block, matrices), x)

@@ -1,0 +1,64 @@
+"""What of a compressed weight can be trained, and how the gradient of its matrix reaches it."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decoct.weights.base import Weight
+from decoct.weights.dense import Dense
+from decoct.weights.group_int import GroupInt
+from decoct.weights.low_rank import LowRank
+from decoct.weights.masked import Masked
+from decoct.weights.sparse import Sparse
+from decoct.weights.sum import Sum
+
+
+def trainable(weight: Weight) -> dict[str, Tensor]:
+    """The stored tensors that are real numbers, named as `tensors()` names them: scales, factors, surviving values."""
+    return {name: tensor for name, tensor in weight.tensors().items() if tensor.is_floating_point()}
+
+
+def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """Gradients of everything that `trainable` names, float32, given that of the unpacked matrix.
+
+    Integer codes, zero points and the positions of zeros are constants.
+
+    Args:
+        weight: the expression that was unpacked.
+        gradient: of the loss by each entry of the matrix; any float dtype.
+
+    Raises:
+        ValueError: a weight that cannot be trained this way (it is shared with another).
+    """
+    g = gradient.float()
+    match weight:
+        case Dense():
+            return {"values": g}
+        case GroupInt():
+            return {"scale": _of_scale(weight, g)}
+        case Sparse():
+            return {"values": g[weight.survivors()]}
+        case Masked(inner=inner):
+            return _named("inner", pull_back(inner, g * weight.survivors()))
+        case LowRank(left=left, right=right):
+            of_left = pull_back(left, g @ right.unpack(torch.float32).T)
+            of_right = pull_back(right, left.unpack(torch.float32).T @ g)
+            return {**_named("left", of_left), **_named("right", of_right)}
+        case Sum(terms=terms):
+            found: dict[str, Tensor] = {}
+            for number, term in enumerate(terms):
+                found.update(_named(f"terms.{number}", pull_back(term, g)))
+            return found
+    raise ValueError(f"a {weight.kind} weight cannot be trained by itself")
+
+
+def _of_scale(weight: GroupInt, g: Float[Tensor, "out in"]) -> Float[Tensor, "rows groups"]:
+    """The value of an entry is (code - zero)·scale, so each scale gathers (code - zero)·gradient over its group."""
+    unit = weight.with_tensors({**weight.own_tensors(), "scale": torch.ones_like(weight.scale)})
+    steps = unit.unpack(torch.float32).mul_(g)
+    grouped = steps.reshape(weight.shape[0], -1, weight.group_size).sum(-1)
+    return grouped if weight.scale.shape[0] == weight.shape[0] else grouped.sum(0, keepdim=True)
+
+
+def _named(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in found.items()}
