@@ -1,9 +1,24 @@
 """Pieces cover every row once, whatever their number, and an error in one comes out."""
 
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from threading import Thread
+
 import pytest
 import torch
 
+from decoct.ops import parallel
 from decoct.ops.parallel import each_piece
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    parallel._pool.cache_clear()  # its threads are to start within the test
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -31,3 +46,50 @@ def test_an_error_in_a_piece_comes_out() -> None:
 
     with pytest.raises(ValueError, match="the last piece"):
         each_piece(work, 4096, 4096)
+
+
+def fill(target: torch.Tensor) -> None:
+    def work(part: slice) -> None:
+        target[part] = 1.0
+
+    each_piece(work, *target.shape)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_tensors_of_inference_mode_can_be_written() -> None:
+    with torch.inference_mode():
+        made = torch.zeros(1024, 1024)
+        fill(made)
+    assert bool((made == 1).all())
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_that_start_later_keep_the_callers_number() -> None:
+    fill(torch.zeros(1024, 1024))
+    seen: list[int] = []
+    later = Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [2]
+
+
+def forked(queue: "multiprocessing.SimpleQueue[int]") -> None:
+    seen: list[int] = []  # without tensors: OpenMP's own threads do not survive a fork
+    each_piece(lambda part: seen.extend(range(part.start, part.stop)), 1024, 1024)
+    queue.put(len(set(seen)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.usefixtures("two_threads")
+def test_a_forked_process_gets_threads_of_its_own() -> None:
+    fill(torch.zeros(1024, 1024))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=forked, args=(queue,))
+    child.start()
+    child.join(20)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 0
+    assert queue.get() == 1024

@@ -5,17 +5,17 @@ gains below some hundred thousand entries; splitting the rows once, and letting 
 the operations, doubles the speed on two cores.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from threading import Barrier
 
 import torch
 
-_AT_ONCE = (
-    1 << 19
-)  # entries of one piece: short enough for the cache, long enough to outlast a turn of the interpreter lock
-
+_AT_ONCE = 1 << 19  # entries of one piece: they fit the cache, and outlast a turn of the interpreter lock
 _WORTH_A_THREAD = 1 << 16  # entries that take longer than waking a thread
 
 
@@ -39,12 +39,14 @@ def each_piece(work: Callable[[slice], None], rows: int, cols: int, device: torc
         for piece in pieces:
             work(piece)
         return
-    for done in [_pool(threads).submit(_run, work, pieces[first::threads]) for first in range(threads)]:
+    inference = torch.is_inference_mode_enabled()
+    for done in [_pool(threads).submit(_run, work, pieces[first::threads], inference) for first in range(threads)]:
         done.result()
 
 
-def _run(work: Callable[[slice], None], pieces: list[slice]) -> None:
-    with torch.no_grad():  # a thread of its own does not inherit this from its caller
+def _run(work: Callable[[slice], None], pieces: list[slice], inference: bool) -> None:
+    # A thread of its own inherits neither mode from its caller, and tensors of inference mode refuse writes outside it.
+    with torch.inference_mode(inference), torch.no_grad():
         for piece in pieces:
             work(piece)
 
@@ -52,4 +54,20 @@ def _run(work: Callable[[slice], None], pieces: list[slice]) -> None:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads for which torch does not start threads again."""
-    return ThreadPoolExecutor(threads, "decoct-ops", initializer=torch.set_num_threads, initargs=(1,))
+    wanted, ready = torch.get_num_threads(), Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, "decoct-ops", initializer=start)
+    for _ in range(threads):
+        pool.submit(int)  # a worker starts with its first task
+    ready.wait()
+    torch.set_num_threads(wanted)  # the workers' setting is also what threads that start later would begin with
+    return pool
+
+
+# A forked child has the pool but not its threads, and would wait for them for ever.
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_pool.cache_clear)
