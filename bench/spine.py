@@ -30,6 +30,7 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "rtn 3 bit": ("standard", [{"rtn": {"bits": 3, **GROUPS}}]),
     "wanda 50 %": ("standard", [{"wanda": {"sparsity": 0.5}}]),
     "svd_llm keep 0.8": ("standard", [{"svd_llm": {"keep": 0.8}}]),
+    "gptq 4 bit, quick": ("quick", [{"gptq": {"bits": 4, **GROUPS}}]),
     "gptq 4 bit, min-max scales": ("quick", [{"gptq": {"bits": 4, "clip_search": False, **GROUPS}}]),
     "gptq 3 bit, then eora rank 16": ("quick", [{"gptq": {"bits": 3, **GROUPS}}, {"eora": {"rank": 16}}]),
     "wanda 50 %, then gptq 4 bit": ("quick", [{"wanda": {"sparsity": 0.5}}, {"gptq": {"bits": 4, **GROUPS}}]),
