@@ -1,0 +1,96 @@
+"""Tables of recipes on a testbed: perplexity, KL, top-1, bits per weight, seconds, peak memory; one JSON line a row.
+
+Resumable: a row that stands in the results file is not measured again. Each compression and each evaluation is a
+process of its own, so that peak memory is that row's alone.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+PROTOCOLS = {
+    "standard": {"sequences": 128, "length": 512, "windows": 20, "window": 1024},
+    "quick": {"sequences": 32, "length": 512, "windows": 8, "window": 1024},
+}
+KEYS = ("perplexity", "base_perplexity", "kl_mean", "kl_p99", "kl_p999", "top1_agreement", "nbytes", "bits_per_weight")
+
+Stages = list[dict[str, Any]]
+Rows = Mapping[str, tuple[str, Stages]]
+"""Protocol and stages by the row's name."""
+
+
+def fill(rows: Rows, results: Path, about: str | None) -> None:
+    """Measure what the results file lacks; arguments from the command line."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=os.environ.get("DECOCT_TESTBED"), help="the testbed folder")
+    parser.add_argument("--calibration", type=Path, default=os.environ.get("DECOCT_CALIBRATION"))
+    parser.add_argument("--text", type=Path, default=os.environ.get("DECOCT_TEXT"))
+    parser.add_argument("--work", type=Path, default=HERE.parent / ".bench")
+    parser.add_argument("--rows", nargs="*", default=list(rows), help="only these")
+    args = parser.parse_args()
+    if None in (args.model, args.calibration, args.text):
+        parser.error("give --model, --calibration and --text (bench/README.md says where they come from)")
+    unknown = [row for row in args.rows if row not in rows]
+    if unknown:
+        parser.error(f"no row {unknown[0]!r}; there are {', '.join(rows)}")
+    results.parent.mkdir(exist_ok=True)
+    done = {json.loads(line)["row"] for line in results.read_text().splitlines()} if results.exists() else set()
+    for row in args.rows:
+        if row not in done:
+            measured = measure(row, *rows[row], args)
+            with results.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(measured) + "\n")
+            print(row, {k: measured[k] for k in ("perplexity", "kl_mean", "top1_agreement", "seconds")}, flush=True)
+
+
+def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespace) -> dict[str, Any]:
+    """Compress, evaluate, one line."""
+    protocol = PROTOCOLS[protocol_name]
+    out = args.work / re.sub(r"[^a-z0-9.]+", "-", row.lower().replace("%", "pct"))
+    recipe = {
+        "data": {
+            "source": str(args.calibration), "num_sequences": protocol["sequences"], "sequence_length": protocol["length"],
+        },
+        "stages": stages,
+    }  # fmt: skip
+    args.work.mkdir(parents=True, exist_ok=True)
+    file = out.parent / f"{out.name}.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    made = decoct(
+        "--threads", "2", "compress", args.model, file, "-o", out, *([] if (out / ".run").exists() else ["--fresh"])
+    )
+    found = decoct(
+        "--threads", "2", "evaluate", out, "--against", args.model, "--text", args.text,
+        "--windows", protocol["windows"], "--length", protocol["window"],
+    )  # fmt: skip
+    shutil.rmtree(out)
+    return {
+        "row": row, "protocol": protocol_name,
+        "calibration": f"{protocol['sequences']}x{protocol['length']} {args.calibration.name}",
+        "evaluation": found["protocol"], **{key: found[key] for key in KEYS},
+        "seconds": made["seconds"], "peak_bytes": made["peak_bytes"], "date": found["date"], "decoct": found["decoct"],
+    }  # fmt: skip
+
+
+def decoct(*arguments: object) -> dict[str, Any]:
+    """Run a command with --json and give its answer."""
+    command = [sys.executable, "-c", "from decoct.cli import main; main()", *map(str, arguments), "--json"]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))} failed: {done.stdout}")
+    return dict(json.loads(done.stdout))
+
+
+def linear(*steps: dict[str, Any]) -> Stages:
+    """One streamed pass of these linear steps."""
+    return [{"blocks": [{"linear": step} for step in steps]}]
