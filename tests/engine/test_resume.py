@@ -15,6 +15,7 @@ from decoct.engine.journal import Journal, exclusive
 from decoct.engine.stream import Event
 from decoct.store import RUN_SUMMARY, files, read_json
 from tests.engine.running import (
+    AUTOROUND,
     EORA,
     EVERYTHING,
     GPTQ,
@@ -115,6 +116,63 @@ def test_stopped_in_the_middle(
         assert digests(tmp_path / "out") == whole(base, EVERYTHING)
         return
     assert digests(run(base, tmp_path / "out", EVERYTHING).folder) == whole(base, EVERYTHING)
+
+
+PAIRED = (EVERYTHING, AUTOROUND)
+"""Two chains of hidden states: of the model as it becomes and as it was."""
+
+PAIRED_POINTS: dict[str, tuple[Any, str, int]] = {
+    "before the second chain begins": (activations.Activations, "commit", 1),
+    "between the two chains' outputs": (activations.Activations, "commit", 3),
+    "between removing the two chains' inputs": (activations.Activations, "discard", 1),
+    "while it learns": (stream.Runner, "lay_out_matrices", 20),
+    "before a part is noted": (Journal, "finish", 2),
+}
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_two_chains_stopped_after_each_part(part: int, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", *PAIRED, watch=stop_after(part))
+    assert digests(run(base, tmp_path / "out", *PAIRED).folder) == whole(base, *PAIRED)
+    assert not (tmp_path / "out" / ".run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that the crash left open
+@pytest.mark.usefixtures("constant_memory")
+@pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("after", [False, True], ids=["", "just after"])
+@pytest.mark.parametrize("point", PAIRED_POINTS)
+def test_two_chains_stopped_in_the_middle(
+    point: str, after: bool, in_memory: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, call = PAIRED_POINTS[point]
+    budget = {} if in_memory else on_disk(base, tmp_path / "out", *PAIRED)
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, crash_at(call, original, after=after))
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", *PAIRED, budget=budget)
+    monkeypatch.setattr(owner, name, original)
+    assert digests(run(base, tmp_path / "out", *PAIRED, budget=budget).folder) == whole(base, *PAIRED)
+
+
+@pytest.mark.usefixtures("constant_memory")
+def test_two_chains_on_disk_give_the_same_bits(base: Path, tmp_path: Path) -> None:
+    plans = []
+    budget = on_disk(base, tmp_path / "out", *PAIRED)
+    folder = run(base, tmp_path / "out", *PAIRED, budget=budget, watch=Watch(planned=plans.append)).folder
+    assert not plans[0].in_memory
+    assert digests(folder) == whole(base, *PAIRED)
+    assert digests(folder) != whole(base, EVERYTHING), "learning changed something"
+
+
+def test_a_lost_second_chain_says_so(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", *PAIRED, watch=stop_after(2))
+    for path in (tmp_path / "out").rglob("reference-*.bin"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"reference-00002\.bin is missing or damaged.*--fresh"):
+        run(base, tmp_path / "out", *PAIRED)
 
 
 @pytest.mark.usefixtures("constant_memory")

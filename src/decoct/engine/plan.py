@@ -8,21 +8,19 @@ from pathlib import Path
 
 import torch
 
-from decoct.engine.block import apply_method
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import SELF, Data, check_length
+from decoct.engine.rehearse import Chain, Chains, Sizes, Steps, linear, rehearse
 from decoct.engine.rules import Assignment, Method, Rule, assign
-from decoct.methods import BlockMethod, LinearCorrection, ModelMethod
+from decoct.methods import BlockMethod, ModelMethod
 from decoct.model import Model
 from decoct.store import free_bytes
-from decoct.weights import Dense, Weight
 
 StepRules = tuple[Rule, ...] | BlockMethod
 """A step as a recipe gives it: rules for single matrices, or a method for whole blocks."""
 
 FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
 _TOKENS_AT_ONCE = 2048
-_REHEARSAL_WIDTHS = [*range(128, 1025, 128), *range(96, 769, 96), 2048, 4096]
 MARGIN = 1.1  # allocators keep some of what was freed
 
 
@@ -96,9 +94,8 @@ def make_plan(
             disk; each says what to do.
     """
     resolved = _resolve(model, steps)
-    chains = _chains(model, resolved)
-    _check_shapes(model, chains)
-    sizes = {methods: _rehearse(methods, model.dtype) for methods in set(chains.values()) if methods}
+    rehearsal = rehearse(model, [resolved])
+    (chains,) = rehearsal.chains
     paired = any(isinstance(step, BlockMethod) for step in resolved)
     needs_data = paired or any(method.stat is not None for methods in chains.values() for method in methods)
     if needs_data:
@@ -117,7 +114,7 @@ def make_plan(
     peak = int(MARGIN * (base + working + (activations if in_memory else 0)))
     if peak > limit:
         raise ValueError(too_large(model, peak, limit, working))
-    output = _output_bytes(model, chains, sizes)
+    output = _output_bytes(model, chains, rehearsal.sizes)
     if out is not None:
         check_disk(out, output, budget.scratch, 2 * activations)
     return Plan(
@@ -141,103 +138,11 @@ def check_stages(model: Model, stages: Iterable[tuple[StepRules, ...]]) -> None:
     Raises:
         ValueError: as for `make_plan`.
     """
-    by_stage = [_resolve(model, steps) for steps in stages]
-    for steps in by_stage:
-        _check_shapes(model, _chains(model, steps))
-    chains = _chains(model, tuple(step for steps in by_stage for step in steps))
-    _check_shapes(model, chains)
-    for methods in set(chains.values()):
-        if methods:
-            _rehearse(methods, model.dtype)
+    rehearse(model, [_resolve(model, steps) for steps in stages])
 
 
-Chains = dict[str, tuple[Method | BlockMethod, ...]]
-
-
-def _resolve(model: Model, steps: tuple[StepRules, ...]) -> tuple[Assignment | BlockMethod, ...]:
+def _resolve(model: Model, steps: tuple[StepRules, ...]) -> Steps:
     return tuple(step if isinstance(step, BlockMethod) else assign(model, step) for step in steps)
-
-
-def _chains(model: Model, steps: tuple[Assignment | BlockMethod, ...]) -> Chains:
-    """Each slot's methods over all steps, in order; a block method is among those of every slot that it touches."""
-    chains: Chains = {}
-    for name, slot in model.slots().items():
-        found: list[Method | BlockMethod] = []
-        for step in steps:
-            if not isinstance(step, BlockMethod):
-                found += [step.methods[name]] if name in step.methods else []
-            elif not slot.protected and step.touches(dense=not found and name not in model.described):
-                found.append(step)
-        chains[name] = tuple(found)
-    return chains
-
-
-def _check_shapes(model: Model, chains: Chains) -> None:
-    for name, methods in chains.items():
-        out, cols = model.shape(name)
-        leaves: list[tuple[int, int]] = [(out, cols)]
-        if methods and name == model.family.embed and any(m.stat is not None for m in methods):
-            raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
-        if methods and isinstance(methods[0], LinearCorrection):
-            raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")
-        for method in methods:
-            for leaf in leaves:
-                try:
-                    method.check(leaf)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-            leaves = [found for leaf in leaves for found in method.leaves(leaf)]
-
-
-Sizes = tuple[float, float, float]
-"""Bytes of a compressed matrix as a·out·in + b·out + c·in: codes and masks, scales of rows, low-rank factors."""
-
-
-def _rehearse(methods: tuple[Method | BlockMethod, ...], dtype: torch.dtype) -> Sizes:
-    """Run a chain on small random matrices: refusals show now, not after hours. Gives the sizes it leads to.
-
-    Raises:
-        ValueError: a method cannot follow the ones before it.
-    """
-    unit = next(width for width in _REHEARSAL_WIDTHS if all(_fits(methods, shape) for shape in _trio(width)))
-    shapes = _trio(unit)
-    terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
-    sizes = torch.tensor([_rehearse_once(methods, shape, dtype) for shape in shapes], dtype=torch.float64)
-    a, b, c = torch.linalg.solve(terms, sizes).tolist()
-    return a, b, c
-
-
-def _rehearse_once(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, int], dtype: torch.dtype) -> int:
-    generator = torch.Generator().manual_seed(0)
-    original: Weight = Dense.of(torch.randn(*shape, generator=generator).to(dtype))
-    inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
-    weight = original
-    for method in methods:
-        if isinstance(method, BlockMethod):
-            weight = method.begin(weight)
-            continue
-        stat = None
-        if method.stat is not None:
-            stat = method.stat.empty(shape[1])
-            stat.add(inputs)
-        weight = apply_method(method, weight, stat, original, "this recipe")
-    return weight.nbytes
-
-
-def _trio(unit: int) -> tuple[tuple[int, int], ...]:
-    return (unit, unit), (2 * unit, unit), (unit, 2 * unit)
-
-
-def _fits(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, int]) -> bool:
-    try:
-        leaves = [shape]
-        for method in methods:
-            for leaf in leaves:
-                method.check(leaf)
-            leaves = [found for leaf in leaves for found in method.leaves(leaf)]
-    except ValueError:
-        return False
-    return True
 
 
 def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, data: Data | None) -> int:
@@ -246,31 +151,28 @@ def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, data: Data | No
     prefix = model.prefix(0)
     slots = {prefix + slot.name: slot for slot in model.block_slots}
     entries = sum(prod(model.shape(name)) for name in slots)
-    workspace = max((m.workspace(_matrix(model, n)) for n in slots for m in _linear(chains[n])), default=0)
-    blocks = entries * itemsize + int(entries * 1.25)
+    blocks = f"{model.family.blocks}."
+    inside = {name: linear(chain) for name, chain in chains.items() if name.startswith(blocks)}
+    workspace = max((m.workspace(_matrix(model, name)) for name, chain in inside.items() for m in chain), default=0)
+    block = entries * itemsize + int(entries * 1.25)
     if data is not None:
-        stats = 0
-        for edge, readers in _edge_readers(model).items():
-            kinds = {m.stat for name in readers for m in chains[name] if m.stat is not None}
-            width = model.shape(readers[0])[1]
-            stats += sum(kind.nbytes_for(width) for kind in kinds) if edge else 0
+        reads = {model.prefix(i) + slot.name: slot.reads for i in range(model.num_blocks) for slot in model.block_slots}
+        kinds = {(reads[name], m.stat) for name, chain in inside.items() for m in chain if m.stat is not None}
+        widths_read = {edge: model.shape(readers[0])[1] for edge, readers in _edge_readers(model).items()}
+        stats = sum(kind.nbytes_for(widths_read[edge]) for edge, kind in kinds)
         widths = sum(sum(model.shape(name)) for name, slot in slots.items() if slot.expert in (None, 0))
         # A block kept for its gradient holds each matrix's input and output, and as much again between them.
         sequence = 4 * data.sequence_length * widths * dtype.itemsize
-        whole = {m for name in slots for m in chains[name] if isinstance(m, BlockMethod)}
+        whole = {m for chain in chains.values() for m in chain if isinstance(m, BlockMethod)}
         workspace = max([workspace, *(m.workspace(entries, sequence) for m in whole)])
-        blocks += stats + entries * dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
+        block += stats + entries * dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
     ends = 0
     for slot in model.end_slots:
         size = prod(model.shape(slot.name))
-        extra = max((m.workspace(_matrix(model, slot.name)) for m in _linear(chains[slot.name])), default=0)
+        extra = max((m.workspace(_matrix(model, slot.name)) for m in linear(chains[slot.name])), default=0)
         unpacked = 0 if data is None else size * dtype.itemsize
         ends = max(ends, size * itemsize + unpacked + extra)
-    return max(blocks + workspace, ends)
-
-
-def _linear(methods: tuple[Method | BlockMethod, ...]) -> list[Method]:
-    return [method for method in methods if not isinstance(method, BlockMethod)]
+    return max(block + workspace, ends)
 
 
 def _matrix(model: Model, name: str) -> tuple[int, int]:
@@ -285,19 +187,19 @@ def _edge_readers(model: Model) -> dict[str, list[str]]:
     return readers
 
 
-def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Method | BlockMethod, ...], Sizes]) -> int:
+def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Chain, ...], Sizes]) -> int:
     total = float(model.nbytes)
     for name, methods in chains.items():
         if methods and name not in model.described:
             out, cols = _matrix(model, name)
-            a, b, c = sizes[methods]
+            a, b, c = sizes[methods,]
             total += a * out * cols + b * out + c * cols - out * cols * model.dtype.itemsize
     return max(round(total), 1)
 
 
 def _seconds(model: Model, chains: Chains, data: Data | None, dtype: torch.dtype) -> float:
     """Two forward passes, the statistics, and the methods' own work, at the rate that products reach here."""
-    solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in _linear(methods))
+    solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in linear(methods))
     full = product_rate(torch.float32)
     seconds = solving / full + 2 * model.nbytes / 1e9
     if data is not None:

@@ -115,7 +115,7 @@ class BlockWeights:
 
     Attributes:
         slots: the architecture's table.
-        original: as they were when the block was loaded.
+        original: as they were when the stage began.
         weights: as earlier steps left them.
     """
 
@@ -132,11 +132,26 @@ class BlockMethod(ABC):
 
     @abstractmethod
     def compress(self, block: BlockWeights, passage: Passage) -> dict[str, Weight]:
-        """New weights for some of the slots.
+        """New weights for some of the slots; none if the block has nothing that it works on.
 
         Raises:
-            ValueError: nothing in the block that it could work on, or numbers that are not finite.
+            ValueError: numbers that are not finite.
         """
+
+    @abstractmethod
+    def obstacle(self, weight: Weight, original: Weight) -> str | None:
+        """Why it leaves a slot alone, as one line that says what to do instead; None: it works on it.
+
+        Called while planning too, on weights without values: only their structure counts.
+
+        Args:
+            weight: what earlier steps made of the slot.
+            original: what the slot held when the stage began.
+        """
+
+    def rounds(self, weight: Weight) -> bool:  # noqa: ARG002 - most methods work on what earlier steps made
+        """Whether it compresses such a weight itself, so that `check` must hold."""
+        return False
 
     @abstractmethod
     def begin(self, weight: Weight) -> Weight:
@@ -145,10 +160,6 @@ class BlockMethod(ABC):
         Raises:
             ValueError: it cannot work on such a weight.
         """
-
-    def touches(self, *, dense: bool) -> bool:  # noqa: ARG002 - most methods touch all
-        """Whether it works on slots that earlier steps left dense, or quantized."""
-        return True
 
     def check(self, shape: tuple[int, int]) -> None:  # noqa: B027 - as for LinearMethod
         """As for LinearMethod."""
