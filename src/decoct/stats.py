@@ -33,6 +33,9 @@ class Stat(Protocol):
     def through(self, right: Float[Tensor, "rank in"]) -> "Stat":
         """The statistic of right·x, for the left factor of a low-rank pair."""
 
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x, feature by feature."""
+
     @staticmethod
     def nbytes_for(width: int) -> int:
         """Bytes that one accumulator of this width takes; the planner counts with it."""
@@ -93,6 +96,10 @@ class Gram:
         full = self.total.triu() + self.total.triu(1).T
         return Gram(right.float() @ full @ right.float().T, self.num_tokens)
 
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.total * factor * factor.unsqueeze(1), self.num_tokens)
+
     @staticmethod
     def nbytes_for(width: int) -> int:
         """Float32 [width, width]."""
@@ -142,6 +149,10 @@ class ColumnNorm:
             raise ValueError("no calibration token reached this layer")
         return (self.total / self.num_tokens).sqrt().float()
 
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.total * factor.double().square(), self.num_tokens)
+
     def through(self, _: Float[Tensor, "rank in"]) -> "ColumnNorm":
         """Not to be had from norms alone.
 
@@ -190,6 +201,10 @@ class AbsMax:
     def merge(self, other: Self) -> Self:
         """The larger of both."""
         return type(self)(torch.maximum(self.maximum, other.maximum), self.num_tokens + other.num_tokens)
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.maximum * factor.abs(), self.num_tokens)
 
     @staticmethod
     def nbytes_for(width: int) -> int:
@@ -250,6 +265,11 @@ class Moments:
             self.deviation + other.deviation + gap.square() * self.num_tokens * share,
             count,
         )
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        f = factor.double()
+        return type(self)(self.mean * f, self.mean_abs * f.abs(), self.deviation * f.square(), self.num_tokens)
 
     def variance(self) -> Float[Tensor, "in"]:
         """Population variance of each input feature.

@@ -1,7 +1,7 @@
 """Calibration through one block, for methods that run it: inputs as compressed, targets as they were."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,11 @@ class BlockPassage:
     block: int
     states: Activations
     reference: Activations
+    vectors: Mapping[str, Tensor]
+
+    def with_vectors(self, vectors: Mapping[str, Tensor]) -> "BlockPassage":
+        """The same with other norms and biases."""
+        return replace(self, vectors=vectors)
 
     @property
     def num_sequences(self) -> int:
@@ -52,4 +57,4 @@ class BlockPassage:
         self, matrices: Mapping[str, Float[Tensor, "out in"]], x: Float[Tensor, "batch seq hidden"]
     ) -> Float[Tensor, "batch seq hidden"]:
         """The block's output."""
-        return self.runner.run(self.block, self.runner.lay_out_matrices(self.block, matrices), x)
+        return self.runner.run(self.block, self.runner.lay_out_matrices(self.block, matrices, self.vectors), x)

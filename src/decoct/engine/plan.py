@@ -11,14 +11,15 @@ import torch
 from decoct.engine.block import apply_method
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import SELF, Data, check_length
-from decoct.engine.rules import Assignment, Method, Rule, assign
-from decoct.methods import BlockMethod, LinearCorrection, ModelMethod
+from decoct.engine.folding import check_foldable, folding_operations, folds, touched
+from decoct.engine.rules import Assignment, Method, Resolved, Rule, assign
+from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, ModelMethod
 from decoct.model import Model
 from decoct.store import free_bytes
 from decoct.weights import Dense, Weight
 
-StepRules = tuple[Rule, ...] | BlockMethod
-"""A step as a recipe gives it: rules for single matrices, or a method for whole blocks."""
+StepRules = tuple[Rule, ...] | BlockMethod | EdgeScaling
+"""A step as a recipe gives it: rules for single matrices, or a method for whole blocks or their edges."""
 
 FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
 _TOKENS_AT_ONCE = 2048
@@ -55,7 +56,7 @@ class Plan:
         bits_per_weight: predicted, over all parameters.
     """
 
-    steps: tuple[Assignment | BlockMethod, ...]
+    steps: tuple[Resolved, ...]
     groups: tuple[Group, ...]
     num_parameters: int
     needs_data: bool
@@ -100,17 +101,19 @@ def make_plan(
     _check_shapes(model, chains)
     sizes = {methods: _rehearse(methods, model.dtype) for methods in set(chains.values()) if methods}
     paired = any(isinstance(step, BlockMethod) for step in resolved)
-    needs_data = paired or any(method.stat is not None for methods in chains.values() for method in methods)
+    scalings = [step for step in resolved if isinstance(step, EdgeScaling)]
+    needs_data = (
+        paired or bool(scalings) or any(method.stat is not None for methods in chains.values() for method in methods)
+    )
     if needs_data:
         check_length(data, model)
     if dtype is None:
         dtype = compute_dtype(model.dtype) if needs_data else model.dtype
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
-    working = _peak_part(model, chains, dtype, data if needs_data else None)
+    working = _peak_part(model, chains, scalings, dtype, data if needs_data else None)
     if needs_data and data.source == SELF:  # the whole model writes the text before the first block
-        whole = int(1.2 * model.num_parameters * model.dtype.itemsize)
-        working = max(working, whole)
+        working = max(working, int(1.2 * model.num_parameters * model.dtype.itemsize))
     limit = budget.host_limit()
     base = resident_bytes() + FIXED
     in_memory = int(MARGIN * (base + activations + working)) <= limit
@@ -131,7 +134,7 @@ def make_plan(
         limit_bytes=limit,
         output_bytes=output,
         scratch_bytes=2 * activations,
-        seconds=_seconds(model, chains, data if needs_data else None, dtype),
+        seconds=_seconds(model, chains, scalings, data if needs_data else None, dtype),
     )
 
 
@@ -154,17 +157,27 @@ def check_stages(model: Model, stages: Iterable[tuple[StepRules, ...]]) -> None:
 Chains = dict[str, tuple[Method | BlockMethod, ...]]
 
 
-def _resolve(model: Model, steps: tuple[StepRules, ...]) -> tuple[Assignment | BlockMethod, ...]:
-    return tuple(step if isinstance(step, BlockMethod) else assign(model, step) for step in steps)
+def _resolve(model: Model, steps: tuple[StepRules, ...]) -> tuple[Resolved, ...]:
+    return tuple(assign(model, step) if isinstance(step, tuple) else step for step in steps)
 
 
-def _chains(model: Model, steps: tuple[Assignment | BlockMethod, ...]) -> Chains:
-    """Each slot's methods over all steps, in order; a block method is among those of every slot that it touches."""
+def _chains(model: Model, steps: tuple[Resolved, ...]) -> Chains:
+    """Each slot's methods over all steps, in order; a block method is among those of every slot that it touches.
+
+    Raises:
+        ValueError: a rescaling of something that is compressed already, or that nothing in the model can take.
+    """
     chains: Chains = {}
+    rescaled = {model.prefix(b) + name for b in range(model.num_blocks) for name in touched(model)}
+    for method in (step for step in steps if isinstance(step, EdgeScaling)):
+        check_foldable(model, method)
     for name, slot in model.slots().items():
         found: list[Method | BlockMethod] = []
         for step in steps:
-            if not isinstance(step, BlockMethod):
+            if isinstance(step, EdgeScaling):
+                if name in rescaled and (found or name in model.described):
+                    raise ValueError(f"{name}: only dense weights can be rescaled; put the rescaling step first")
+            elif isinstance(step, Assignment):
                 found += [step.methods[name]] if name in step.methods else []
             elif not slot.protected and step.touches(dense=not found and name not in model.described):
                 found.append(step)
@@ -240,7 +253,7 @@ def _fits(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, int]) -> 
     return True
 
 
-def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, data: Data | None) -> int:
+def _peak_part(model: Model, chains: Chains, scalings: list[EdgeScaling], dtype: torch.dtype, data: Data | None) -> int:
     """Bytes that the most demanding part takes while it is worked on."""
     itemsize = model.dtype.itemsize
     prefix = model.prefix(0)
@@ -252,6 +265,7 @@ def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, data: Data | No
         stats = 0
         for edge, readers in _edge_readers(model).items():
             kinds = {m.stat for name in readers for m in chains[name] if m.stat is not None}
+            kinds |= {step.stat for step in scalings if edge in {each.edge for each in folds(model)}}
             width = model.shape(readers[0])[1]
             stats += sum(kind.nbytes_for(width) for kind in kinds) if edge else 0
         widths = sum(sum(model.shape(name)) for name, slot in slots.items() if slot.expert in (None, 0))
@@ -259,6 +273,8 @@ def _peak_part(model: Model, chains: Chains, dtype: torch.dtype, data: Data | No
         sequence = 4 * data.sequence_length * widths * dtype.itemsize
         whole = {m for name in slots for m in chains[name] if isinstance(m, BlockMethod)}
         workspace = max([workspace, *(m.workspace(entries, sequence) for m in whole)])
+        widest = [(sum(model.shape(prefix + n)[0] for n in each.readers), each.width) for each in folds(model)]
+        workspace = max([workspace, *(step.workspace(shape) for step in scalings for shape in widest)])
         blocks += stats + entries * dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
     ends = 0
     for slot in model.end_slots:
@@ -295,9 +311,10 @@ def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Method | Block
     return max(round(total), 1)
 
 
-def _seconds(model: Model, chains: Chains, data: Data | None, dtype: torch.dtype) -> float:
+def _seconds(model: Model, chains: Chains, scalings: list[EdgeScaling], data: Data | None, dtype: torch.dtype) -> float:
     """Two forward passes, the statistics, and the methods' own work, at the rate that products reach here."""
     solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in _linear(methods))
+    solving += sum(folding_operations(model, step) for step in scalings)
     full = product_rate(torch.float32)
     seconds = solving / full + 2 * model.nbytes / 1e9
     if data is not None:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from decoct.arch import Slot
-from decoct.methods import LinearCorrection, LinearMethod
+from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, LinearMethod
 from decoct.model import Model
 
 Method = LinearMethod | LinearCorrection
@@ -39,6 +39,10 @@ class Assignment:
 
     methods: dict[str, Method] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+
+
+Resolved = Assignment | BlockMethod | EdgeScaling
+"""A step, resolved against a model."""
 
 
 def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
