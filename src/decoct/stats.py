@@ -14,7 +14,9 @@ _TILE = 512  # Gram matrices are symmetric: tiles below the diagonal are mirrore
 class Stat(Protocol):
     """What a method may ask for: start empty, add batches of inputs, merge with others of the same width."""
 
-    num_tokens: int
+    @property
+    def num_tokens(self) -> int:
+        """How many inputs it holds."""
 
     @classmethod
     def empty(cls, width: int) -> Self:
@@ -104,6 +106,63 @@ class Gram:
     def nbytes_for(width: int) -> int:
         """Float32 [width, width]."""
         return 4 * width * width
+
+
+class PairedGram:
+    """Σ x·xᵀ and Σ (x' - x)·xᵀ, x' what the uncompressed model feeds into the same layer: GPTAQ's two streams.
+
+    Attributes:
+        gram: of x.
+        cross: [in, in] float32, the second sum.
+    """
+
+    name: ClassVar[str] = "paired_gram"
+
+    def __init__(self, gram: Gram, cross: Float[Tensor, "in in"]) -> None:
+        self.gram = gram
+        self.cross = cross
+
+    @classmethod
+    def empty(cls, width: int) -> Self:
+        """Sums over no tokens."""
+        return cls(Gram.empty(width), torch.zeros(width, width))
+
+    @classmethod
+    def neutral(cls, width: int) -> Self:
+        """White inputs, the same in both models."""
+        return cls(Gram.neutral(width), torch.zeros(width, width))
+
+    @property
+    def num_tokens(self) -> int:
+        """How many inputs it holds."""
+        return self.gram.num_tokens
+
+    def add(self, x: Float[Tensor, "tokens in"]) -> None:
+        """Inputs that are the same in both models: those of a model of which nothing is compressed yet."""
+        self.gram.add(x)
+
+    def add_pair(self, x: Float[Tensor, "tokens in"], original: Float[Tensor, "tokens in"]) -> None:
+        """Add a batch of inputs, and of what the uncompressed model has in their place."""
+        self.gram.add(x)
+        self.cross.addmm_((original.float() - x.float()).T, x.float())
+
+    def merge(self, other: Self) -> Self:
+        """The sums over both sets of tokens."""
+        return type(self)(self.gram.merge(other.gram), self.cross + other.cross)
+
+    def through(self, right: Float[Tensor, "rank in"]) -> "PairedGram":
+        """The statistic of right·x."""
+        r = right.float()
+        return PairedGram(self.gram.through(right), r @ self.cross @ r.T)
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.gram.scaled(factor), self.cross * factor * factor.unsqueeze(1))
+
+    @staticmethod
+    def nbytes_for(width: int) -> int:
+        """Two float32 [width, width]."""
+        return 8 * width * width
 
 
 class ColumnNorm:

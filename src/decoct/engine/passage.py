@@ -1,6 +1,6 @@
 """Calibration through one block, for methods that run it: inputs as compressed, targets as they were."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,16 +9,6 @@ from torch import Tensor
 
 from decoct.engine.activations import Activations
 from decoct.engine.runner import Runner
-
-
-def advance_reference(
-    runner: Runner, block: int, laid: Mapping[str, Tensor], reference: Activations, batches: Iterable[tuple[int, int]]
-) -> None:
-    """Run a block as it was on what the model as it was feeds into it: its outputs, and the next block's inputs."""
-    reference.begin()
-    for start, stop in batches:
-        reference.write(start, runner.run(block, laid, reference.read(start, stop)))
-    reference.commit(block + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from decoct.engine.block import apply_method
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import SELF, Data, check_length
 from decoct.engine.folding import check_foldable, folding_operations, folds, touched
-from decoct.engine.rules import Assignment, Method, Resolved, Rule, assign
+from decoct.engine.rules import Assignment, Method, Resolved, Rule, assign, is_paired
 from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, ModelMethod
 from decoct.model import Model
+from decoct.stats import PairedGram
 from decoct.store import free_bytes
 from decoct.weights import Dense, Weight
 
@@ -100,7 +101,7 @@ def make_plan(
     chains = _chains(model, resolved)
     _check_shapes(model, chains)
     sizes = {methods: _rehearse(methods, model.dtype) for methods in set(chains.values()) if methods}
-    paired = any(isinstance(step, BlockMethod) for step in resolved)
+    paired = any(is_paired(step) for step in resolved)
     scalings = [step for step in resolved if isinstance(step, EdgeScaling)]
     needs_data = (
         paired or bool(scalings) or any(method.stat is not None for methods in chains.values() for method in methods)
@@ -193,6 +194,8 @@ def _check_shapes(model: Model, chains: Chains) -> None:
             raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
         if methods and isinstance(methods[0], LinearCorrection):
             raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")
+        if any(m.stat is PairedGram for m in methods) and model.slots()[name].expert is not None:
+            raise ValueError(f"{name}: the two models may route a token differently; give experts another method")
         for method in methods:
             for leaf in leaves:
                 try:

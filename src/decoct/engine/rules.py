@@ -8,6 +8,7 @@ from math import prod
 from decoct.arch import Slot
 from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, LinearMethod
 from decoct.model import Model
+from decoct.stats import PairedGram
 
 Method = LinearMethod | LinearCorrection
 
@@ -43,6 +44,13 @@ class Assignment:
 
 Resolved = Assignment | BlockMethod | EdgeScaling
 """A step, resolved against a model."""
+
+
+def is_paired(step: Resolved) -> bool:
+    """Whether a step compares with the model as it was: a second chain of activations must run beside the first."""
+    if isinstance(step, Assignment):
+        return any(method.stat is PairedGram for method in step.methods.values())
+    return isinstance(step, BlockMethod)
 
 
 def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:

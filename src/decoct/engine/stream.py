@@ -16,9 +16,9 @@ from decoct.engine.activations import Activations
 from decoct.engine.block import Block, Step, chain, each_block, each_linear
 from decoct.engine.folding import each_edge, folds
 from decoct.engine.journal import Journal
-from decoct.engine.passage import BlockPassage, advance_reference
+from decoct.engine.passage import BlockPassage
 from decoct.engine.record import Gathered, Wanted, record
-from decoct.engine.rules import Assignment, Resolved
+from decoct.engine.rules import Assignment, Resolved, is_paired
 from decoct.engine.runner import Runner
 from decoct.engine.write import shard_name, write_shard
 from decoct.methods import BlockMethod, EdgeScaling
@@ -111,7 +111,7 @@ class _Streamer:
         self._steps: tuple[Step, ...] = tuple(self._lifted(step) for step in todo.steps)
         self._runner: Runner | None = None if todo.tokens is None else Runner(todo.model, todo.dtype)
         # Two chains of hidden states: of the model as it becomes and, if a step compares with it, as it was.
-        self._paired = any(isinstance(step, BlockMethod) for step in todo.steps)
+        self._paired = any(is_paired(step) for step in todo.steps)
         self._states: Activations | None = None
         self._reference: Activations | None = None
         self._ready: int | None = None  # the block whose inputs the states hold
@@ -170,7 +170,6 @@ class _Streamer:
         stats, references = self._gather(block, laid, states)
         passage = None
         if self._reference is not None:
-            advance_reference(self._runner, block, laid, self._reference, self._batches())
             passage = BlockPassage(self._runner, block, states, self._reference, others)
         del laid  # the steps need the room
         starved = self._fill_starved(stats, slots)
@@ -201,22 +200,34 @@ class _Streamer:
     def _gather(
         self, block: int, laid: dict[str, Tensor], states: Activations
     ) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
-        """Run the block as it is: statistics of its inputs, and some outputs to compare with later."""
+        """Run the block as it is: statistics of its inputs, and some outputs to compare with later.
+
+        The second chain, of the model as it was, takes the same step: its outputs are the next block's inputs there.
+        """
         runner = self._runner
         assert runner is not None
         slots = {self._model.prefix(block) + slot.name: slot for slot in self._model.block_slots}
         wanted = self._wanted(slots)
         references: list[tuple[Tensor, Tensor]] = []
         module = runner.skeleton.blocks[block]
-        with record(module, runner.edges, wanted, runner.edge_widths(), runner.reader_paths()) as gathered:
+        reference = self._reference
+        if reference is not None:
+            reference.begin()
+        with record(module, runner.edges, wanted, runner.edge_widths(), runner.reader_paths()) as recorder:
             for start, stop in self._batches():
-                if not wanted and len(references) * (stop - start) >= _COMPARED:
-                    break
+                if reference is not None:
+                    with recorder.uncompressed():
+                        reference.write(start, runner.run(block, laid, reference.read(start, stop)))
+                enough = len(references) * (stop - start) >= _COMPARED
+                if enough and not wanted:
+                    continue
                 x = states.read(start, stop)
                 y = runner.run(block, laid, x)
-                if len(references) * (stop - start) < _COMPARED:
+                if not enough:
                     references.append((y, (y.float() - x.float()).square().sum()))
-        return gathered, references
+        if reference is not None:
+            reference.commit(block + 1)
+        return recorder.stats, references
 
     def _advance(
         self, block: int, laid: dict[str, Tensor], states: Activations, references: list[tuple[Tensor, Tensor]]
@@ -253,7 +264,7 @@ class _Streamer:
             for start, stop in self._batches():
                 for hidden in states.read(start, stop):  # one sequence at a time: logits are large
                     runner.logits(hidden.unsqueeze(0), head)
-        return found
+        return found.stats
 
     def _wanted(self, slots: dict[str, Any]) -> dict[str, frozenset[type[Any]]]:
         kinds: dict[str, set[type[Any]]] = {}

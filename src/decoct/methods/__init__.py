@@ -16,6 +16,7 @@ from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.awq import AWQ
 from decoct.methods.quantize.awq_clip import AWQClip
 from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.rtn import RTN
 from decoct.methods.quantize.smoothquant import SmoothQuant
@@ -25,6 +26,7 @@ AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelM
 METHODS: dict[str, type[AnyMethod]] = {
     "rtn": RTN,
     "gptq": GPTQ,
+    "gptaq": GPTAQ,
     "awq": AWQ,
     "awq_clip": AWQClip,
     "smoothquant": SmoothQuant,
