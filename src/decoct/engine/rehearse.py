@@ -3,17 +3,20 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from decoct.arch import Slot
 from decoct.engine.block import apply_method
-from decoct.engine.rules import Assignment, Method
-from decoct.methods import BlockMethod, LinearCorrection
+from decoct.engine.folding import check_foldable, touched
+from decoct.engine.rules import Assignment, Method, Resolved
+from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection
 from decoct.model import Model
-from decoct.weights import Dense, Weight, rebuild, tensor_specs
+from decoct.stats import PairedGram
+from decoct.weights import Dense, Weight, rebuild, tensor_specs, trainable
 
-Steps = tuple[Assignment | BlockMethod, ...]
+Steps = tuple[Resolved, ...]
 """The steps of one stage."""
 
 Chain = tuple[Method | BlockMethod, ...]
@@ -22,12 +25,28 @@ Chain = tuple[Method | BlockMethod, ...]
 Chains = dict[str, Chain]
 """By the slot's full name."""
 
-Sizes = tuple[float, float, float]
-"""Bytes of a compressed matrix as a·out·in + b·out + c·in: codes and masks, scales of rows, low-rank factors."""
-
 Shape = tuple[int, int]
 
 _WIDTHS = [*range(128, 1025, 128), *range(96, 769, 96), 2048, 4096]
+
+
+class Sizes(NamedTuple):
+    """A count for a compressed matrix: codes and masks, scales of rows, low-rank factors."""
+
+    entries: float
+    rows: float
+    cols: float
+
+    def count(self, out: int, cols: int) -> float:
+        """For a matrix of this shape."""
+        return self.entries * out * cols + self.rows * out + self.cols * cols
+
+
+class Made(NamedTuple):
+    """What chains of methods make of a matrix: bytes, and how many real numbers are among what is stored."""
+
+    nbytes: Sizes
+    reals: Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +59,12 @@ class Rehearsal:
     """
 
     chains: tuple[Chains, ...]
-    sizes: dict[tuple[Chain, ...], Sizes]
+    sizes: dict[tuple[Chain, ...], Made]
+
+    def made(self, name: str) -> Made | None:
+        """What all stages make of a slot; None if none of them touches it."""
+        course = tuple(chains[name] for chains in self.chains)
+        return self.sizes[course] if any(course) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +96,12 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
         ValueError: shapes or methods that do not fit together, or a block method that finds nothing to work on.
     """
     courses = _courses(model, stages)
+    _check_rescalings(model, stages)
     for name, course in courses.items():
         _check_shapes(model, name, [_Verdict(method) for chain in course for method in linear(chain)])
-    tried: dict[tuple[tuple[Chain, ...], str], tuple[_Verdicts, Sizes]] = {}
+    tried: dict[tuple[tuple[Chain, ...], str], tuple[_Verdicts, Made]] = {}
     found: dict[str, _Verdicts] = {}
-    sizes: dict[tuple[Chain, ...], Sizes] = {}
+    sizes: dict[tuple[Chain, ...], Made] = {}
     for name, course in courses.items():
         held = _held(model, name)
         key = (course, "" if held is None else _structure(held))
@@ -105,10 +130,25 @@ def _courses(model: Model, stages: Sequence[Steps]) -> dict[str, tuple[Chain, ..
             if isinstance(step, BlockMethod):
                 if name.startswith(f"{model.family.blocks}.") and not slot.protected:
                     yield step
-            elif name in step.methods:
+            elif isinstance(step, Assignment) and name in step.methods:
                 yield step.methods[name]
 
     return {name: tuple(tuple(chain(steps, name, slot)) for steps in stages) for name, slot in model.slots().items()}
+
+
+def _check_rescalings(model: Model, stages: Sequence[Steps]) -> None:
+    """Refuse to rescale what is compressed by then, or a model in which nothing can be rescaled."""
+    rescaled = {model.prefix(block) + name for block in range(model.num_blocks) for name in touched(model)}
+    compressed = set(model.described)
+    for step in (step for steps in stages for step in steps):
+        if isinstance(step, EdgeScaling):
+            check_foldable(model, step)
+            for name in sorted(rescaled & compressed):
+                raise ValueError(f"{name}: only dense weights can be rescaled; put the rescaling step first")
+        elif isinstance(step, Assignment):
+            compressed |= step.methods.keys()
+        else:
+            compressed |= rescaled
 
 
 def _held(model: Model, name: str) -> Weight | None:
@@ -136,6 +176,8 @@ def _check_order(model: Model, name: str, course: tuple[Chain, ...]) -> None:
     for chain in course:
         if name == model.family.embed and any(method.stat is not None for method in chain):
             raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
+        if any(m.stat is PairedGram for m in chain) and model.slots()[name].expert is not None:
+            raise ValueError(f"{name}: the two models may route a token differently; give experts another method")
         if chain and isinstance(chain[0], LinearCorrection):
             raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")
 
@@ -172,7 +214,7 @@ def _check_used(found: dict[str, _Verdicts], num_stages: int) -> None:
                 raise ValueError(Counter(reasons).most_common(1)[0][0])
 
 
-def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None) -> tuple[_Verdicts, Sizes]:
+def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None) -> tuple[_Verdicts, Made]:
     """Run a slot's methods on matrices of three shapes, as small as their settings allow."""
     misfit: ValueError | None = None
     for unit in _WIDTHS:
@@ -183,16 +225,16 @@ def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None) -> 
             misfit = error
             continue
         terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
-        sizes = torch.tensor([nbytes for _, nbytes in done], dtype=torch.float64)
-        a, b, c = torch.linalg.solve(terms, sizes).tolist()
-        return done[0][0], (a, b, c)
+        counts = [[made.nbytes, sum(tensor.numel() for tensor in trainable(made).values())] for _, made in done]
+        nbytes, reals = torch.linalg.solve(terms, torch.tensor(counts, dtype=torch.float64)).T.tolist()
+        return done[0][0], Made(Sizes(*nbytes), Sizes(*reals))
     raise ValueError(f"these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
 
 
 def _try_once(
     course: tuple[Chain, ...], shape: Shape, dtype: torch.dtype, held: Weight | None
-) -> tuple[_Verdicts, int]:
-    """What each method does, and the bytes that it comes to."""
+) -> tuple[_Verdicts, Weight]:
+    """What each method does, and the weight that comes of it."""
     _check_fit([_Verdict(method) for chain in course for method in linear(chain)], shape)
     generator = torch.Generator().manual_seed(0)
     first: Weight = Dense.of(torch.randn(*shape, generator=generator).to(dtype))
@@ -214,7 +256,7 @@ def _try_once(
                 weight = apply_method(method, weight, _statistic(method, inputs), original, "this recipe")
             done.append(verdict)
         stages.append(tuple(done[so_far:]))
-    return tuple(stages), weight.nbytes
+    return tuple(stages), weight
 
 
 def _or_held(weight: Weight, first: Weight, held: Weight | None) -> Weight:

@@ -46,18 +46,30 @@ class Runner:
         name = self.model.family.module_name(self.model.family.embed)
         return self.skeleton.embed(tokens, {**self._rest, name: embedding})
 
-    def lay_out(self, block: int, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    def lay_out(
+        self, block: int, weights: Mapping[str, Weight], vectors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """A block's parameters as transformers' module wants them, unpacked.
+
+        Args:
+            block: its number.
+            weights: of its slots.
+            vectors: its norms, biases and the like; None: as the checkpoint has them.
 
         Raises:
             ValueError: the checkpoint lacks one.
         """
-        return self.lay_out_matrices(block, {name: weight.unpack(self.dtype) for name, weight in weights.items()})
+        return self.lay_out_matrices(
+            block, {name: weight.unpack(self.dtype) for name, weight in weights.items()}, vectors
+        )
 
-    def lay_out_matrices(self, block: int, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def lay_out_matrices(
+        self, block: int, matrices: Mapping[str, Tensor], vectors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The same from matrices [out, in] in `dtype`; gradients flow back to them."""
-        others = {name: self.model.tensor(name).to(self.dtype) for name in self.model.others(block)}
-        return self.lay_out_given(block, {**matrices, **others})
+        if vectors is None:
+            vectors = {name: self.model.tensor(name) for name in self.model.others(block)}
+        return self.lay_out_given(block, {**matrices, **{name: v.to(self.dtype) for name, v in vectors.items()}})
 
     def lay_out_given(self, block: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same from all of a block's tensors, in `dtype`, by full checkpoint name."""

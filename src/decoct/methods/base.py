@@ -1,7 +1,7 @@
 """What a method is, and how methods that work on one dense matrix meet weights that are already compressed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -186,6 +186,47 @@ class BlockMethod(ABC):
             entries: of all the block's matrices.
             sequence_bytes: of what one sequence leaves behind on its way through the block, for the gradient.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeScaling(ABC):
+    """Rescales the channels of a block's edges, which changes no output, so that later steps lose less.
+
+    A step of its own in a recipe. The engine folds the scales into what writes an edge (a norm's gain, or a matrix
+    whose rows can take them) and into what reads it.
+
+    Attributes:
+        stat: the statistic of the edge that it needs.
+    """
+
+    stat: ClassVar[type[Any]]
+
+    @abstractmethod
+    def scale(
+        self, readers: Sequence[Float[Tensor, "out in"]], stat: Any, tie: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "in"]:
+        """What the edge's channels shall be divided by, and its readers' columns multiplied with.
+
+        Args:
+            readers: the matrices that read the edge, float32; not changed.
+            stat: an instance of `self.stat`.
+            tie: takes scales [in] to the nearest ones that can be folded (with grouped queries, several channels share
+                theirs).
+
+        Raises:
+            ValueError: numbers that are not finite.
+        """
+
+    def check(self, shape: tuple[int, int]) -> None:  # noqa: B027 - as for LinearMethod
+        """As for LinearMethod, for each reader."""
+
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """As for LinearMethod, for all readers of an edge stacked."""
+        return 16 * shape[0] * shape[1]
+
+    def operations(self, shape: tuple[int, int]) -> float:
+        """As for LinearMethod, for all readers of an edge stacked."""
+        return 100.0 * shape[0] * shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
