@@ -1,21 +1,19 @@
 """What a recipe will do and take, before anything runs: which method meets which slot, memory, disk, time."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from decoct.engine.block import apply_method
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
-from decoct.engine.data import SELF, Data, check_length
+from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.rules import Assignment, Method, Rule, assign
 from decoct.methods import BlockMethod, LinearCorrection, ModelMethod
 from decoct.model import Model
-from decoct.store import free_bytes
-from decoct.weights import Dense, Weight
+from decoct.weights import Dense, Weight, tensor_specs, trainable
 
 StepRules = tuple[Rule, ...] | BlockMethod
 """A step as a recipe gives it: rules for single matrices, or a method for whole blocks."""
@@ -41,6 +39,7 @@ class Plan:
     """A recipe's stage, resolved against a model and a machine.
 
     Attributes:
+        kind: "blocks", or the name of the method on the whole model.
         steps: what each does, resolved.
         groups: what happens, by role; groups without methods are left alone.
         num_parameters: the model's.
@@ -50,11 +49,14 @@ class Plan:
         peak_bytes: predicted peak of the process's memory.
         limit_bytes: what the budget allows.
         output_bytes: predicted size of the result.
+        reals: predicted number of real numbers (scales, factors, surviving values) in each compressed slot's weight.
         scratch_bytes: most that activations take on disk at a time.
         seconds: a rough estimate.
+        checkpoint_bytes: most that checkpoints of a method on the whole model take in the output folder at a time.
         bits_per_weight: predicted, over all parameters.
     """
 
+    kind: str
     steps: tuple[Assignment | BlockMethod, ...]
     groups: tuple[Group, ...]
     num_parameters: int
@@ -64,8 +66,10 @@ class Plan:
     peak_bytes: int
     limit_bytes: int
     output_bytes: int
+    reals: dict[str, int]
     scratch_bytes: int
     seconds: float
+    checkpoint_bytes: int = 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -78,27 +82,26 @@ def make_plan(
     steps: tuple[StepRules, ...],
     data: Data,
     budget: Budget,
-    out: Path | None,
     dtype: torch.dtype | None = None,
+    earlier: tuple[StepRules, ...] = (),
 ) -> Plan:
     """Resolve one streamed pass and predict what it takes.
 
     Args:
-        model: what to compress.
+        model: what the recipe begins with.
         steps: in order.
         data: calibration.
         budget: limits.
-        out: output folder, to look at its disk; None: not looked at.
         dtype: what to run blocks in; None: whatever this machine does fastest.
+        earlier: the steps of the recipe's passes before this one, which will have changed the model.
 
     Raises:
-        ValueError: a rule that matches nothing, shapes or methods that do not fit together, or too little memory or
-            disk; each says what to do.
+        ValueError: a rule that matches nothing, shapes or methods that do not fit together or cannot follow the
+            earlier ones, or too little memory; each says what to do.
     """
     resolved = _resolve(model, steps)
-    chains = _chains(model, resolved)
-    _check_shapes(model, chains)
-    sizes = {methods: _rehearse(methods, model.dtype) for methods in set(chains.values()) if methods}
+    chains, whole = _histories(model, _resolve(model, earlier), resolved)
+    rehearsed = {methods: _rehearse(methods, model.dtype) for methods in set(whole.values()) if methods}
     paired = any(isinstance(step, BlockMethod) for step in resolved)
     needs_data = paired or any(method.stat is not None for methods in chains.values() for method in methods)
     if needs_data:
@@ -108,19 +111,15 @@ def make_plan(
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
     working = _peak_part(model, chains, dtype, data if needs_data else None)
-    if needs_data and data.source == SELF:  # the whole model writes the text before the first block
-        whole = int(1.2 * model.num_parameters * model.dtype.itemsize)
-        working = max(working, whole)
+    working = max(working, writing_bytes(data, model) if needs_data else 0)
     limit = budget.host_limit()
     base = resident_bytes() + FIXED
     in_memory = int(MARGIN * (base + activations + working)) <= limit
     peak = int(MARGIN * (base + working + (activations if in_memory else 0)))
     if peak > limit:
-        raise ValueError(too_large(model, peak, limit, working))
-    output = _output_bytes(model, chains, sizes)
-    if out is not None:
-        check_disk(out, output, budget.scratch, 2 * activations)
+        raise ValueError(_too_large(model, peak, limit, working))
     return Plan(
+        kind="blocks",
         steps=resolved,
         groups=_groups(model, chains),
         num_parameters=model.num_parameters,
@@ -129,26 +128,11 @@ def make_plan(
         in_memory=in_memory,
         peak_bytes=peak,
         limit_bytes=limit,
-        output_bytes=output,
+        output_bytes=_output_bytes(model, whole, rehearsed),
+        reals=_reals(model, whole, rehearsed),
         scratch_bytes=2 * activations,
         seconds=_seconds(model, chains, data if needs_data else None, dtype),
     )
-
-
-def check_stages(model: Model, stages: Iterable[tuple[StepRules, ...]]) -> None:
-    """Refuse stages that cannot follow one another, before the first one runs.
-
-    Raises:
-        ValueError: as for `make_plan`.
-    """
-    by_stage = [_resolve(model, steps) for steps in stages]
-    for steps in by_stage:
-        _check_shapes(model, _chains(model, steps))
-    chains = _chains(model, tuple(step for steps in by_stage for step in steps))
-    _check_shapes(model, chains)
-    for methods in set(chains.values()):
-        if methods:
-            _rehearse(methods, model.dtype)
 
 
 Chains = dict[str, tuple[Method | BlockMethod, ...]]
@@ -172,6 +156,17 @@ def _chains(model: Model, steps: tuple[Assignment | BlockMethod, ...]) -> Chains
     return chains
 
 
+def _histories(
+    model: Model, earlier: tuple[Assignment | BlockMethod, ...], steps: tuple[Assignment | BlockMethod, ...]
+) -> tuple[Chains, Chains]:
+    """Each slot's methods in a stage alone, and with those of the stages before it; shapes are checked."""
+    before, whole = _chains(model, earlier), _chains(model, (*earlier, *steps))
+    chains = {name: methods[len(before[name]) :] for name, methods in whole.items()}
+    _check_shapes(model, chains)
+    _check_shapes(model, whole)
+    return chains, whole
+
+
 def _check_shapes(model: Model, chains: Chains) -> None:
     for name, methods in chains.items():
         out, cols = model.shape(name)
@@ -190,11 +185,18 @@ def _check_shapes(model: Model, chains: Chains) -> None:
 
 
 Sizes = tuple[float, float, float]
-"""Bytes of a compressed matrix as a·out·in + b·out + c·in: codes and masks, scales of rows, low-rank factors."""
+"""A count for a compressed matrix as a·out·in + b·out + c·in: codes and masks, scales of rows, low-rank factors."""
 
 
-def _rehearse(methods: tuple[Method | BlockMethod, ...], dtype: torch.dtype) -> Sizes:
-    """Run a chain on small random matrices: refusals show now, not after hours. Gives the sizes it leads to.
+class Rehearsal(NamedTuple):
+    """What a chain of methods makes of a matrix: bytes, and how many real numbers are among what is stored."""
+
+    nbytes: Sizes
+    reals: Sizes
+
+
+def _rehearse(methods: tuple[Method | BlockMethod, ...], dtype: torch.dtype) -> Rehearsal:
+    """Run a chain on small random matrices: refusals show now, not after hours. Gives what it leads to.
 
     Raises:
         ValueError: a method cannot follow the ones before it.
@@ -202,12 +204,13 @@ def _rehearse(methods: tuple[Method | BlockMethod, ...], dtype: torch.dtype) -> 
     unit = next(width for width in _REHEARSAL_WIDTHS if all(_fits(methods, shape) for shape in _trio(width)))
     shapes = _trio(unit)
     terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
-    sizes = torch.tensor([_rehearse_once(methods, shape, dtype) for shape in shapes], dtype=torch.float64)
-    a, b, c = torch.linalg.solve(terms, sizes).tolist()
-    return a, b, c
+    made = [_rehearse_once(methods, shape, dtype) for shape in shapes]
+    counts = [[weight.nbytes, sum(tensor.numel() for tensor in trainable(weight).values())] for weight in made]
+    nbytes, reals = torch.linalg.solve(terms, torch.tensor(counts, dtype=torch.float64)).T.tolist()
+    return Rehearsal(tuple(nbytes), tuple(reals))
 
 
-def _rehearse_once(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, int], dtype: torch.dtype) -> int:
+def _rehearse_once(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, int], dtype: torch.dtype) -> Weight:
     generator = torch.Generator().manual_seed(0)
     original: Weight = Dense.of(torch.randn(*shape, generator=generator).to(dtype))
     inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
@@ -221,7 +224,7 @@ def _rehearse_once(methods: tuple[Method | BlockMethod, ...], shape: tuple[int, 
             stat = method.stat.empty(shape[1])
             stat.add(inputs)
         weight = apply_method(method, weight, stat, original, "this recipe")
-    return weight.nbytes
+    return weight
 
 
 def _trio(unit: int) -> tuple[tuple[int, int], ...]:
@@ -285,14 +288,32 @@ def _edge_readers(model: Model) -> dict[str, list[str]]:
     return readers
 
 
-def _output_bytes(model: Model, chains: Chains, sizes: dict[tuple[Method | BlockMethod, ...], Sizes]) -> int:
+Rehearsed = dict[tuple[Method | BlockMethod, ...], Rehearsal]
+
+
+def _output_bytes(model: Model, chains: Chains, rehearsed: Rehearsed) -> int:
     total = float(model.nbytes)
     for name, methods in chains.items():
         if methods and name not in model.described:
             out, cols = _matrix(model, name)
-            a, b, c = sizes[methods]
-            total += a * out * cols + b * out + c * cols - out * cols * model.dtype.itemsize
+            total += _count(rehearsed[methods].nbytes, (out, cols)) - out * cols * model.dtype.itemsize
     return max(round(total), 1)
+
+
+def _reals(model: Model, chains: Chains, rehearsed: Rehearsed) -> dict[str, int]:
+    found = {}
+    for name, methods in chains.items():
+        if name in model.described:
+            specs = tensor_specs(model.described[name]).values()
+            found[name] = sum(prod(shape) for dtype, shape in specs if dtype.is_floating_point)
+        elif methods:
+            found[name] = round(_count(rehearsed[methods].reals, _matrix(model, name)))
+    return found
+
+
+def _count(sizes: Sizes, shape: tuple[int, int]) -> float:
+    out, cols = shape
+    return sizes[0] * out * cols + sizes[1] * out + sizes[2] * cols
 
 
 def _seconds(model: Model, chains: Chains, data: Data | None, dtype: torch.dtype) -> float:
@@ -320,38 +341,10 @@ def _groups(model: Model, chains: Chains) -> tuple[Group, ...]:
     return tuple(Group(role, counts[role, methods], sizes[role, methods], methods) for role, methods in counts)
 
 
-def too_large(model: Model, peak: int, limit: int, working: int) -> str:
+def _too_large(model: Model, peak: int, limit: int, working: int) -> str:
     """The message for a model that does not fit into memory."""
     part = "one block" if working else "loading"
     return (
         f"{model.source.label} needs about {format_size(peak)} of memory ({format_size(working)} of it for {part} at a "
         f"time), the budget allows {format_size(limit)}; raise budget.host, or leave lm_head and embedding alone"
     )
-
-
-def check_disk(out: Path, output: int, scratch: Path | None, scratch_bytes: int) -> None:
-    """Refuse what the disk cannot hold.
-
-    Raises:
-        ValueError: a place has too little room; says how much is missing where.
-    """
-    places: Counter[Path] = Counter()
-    places[out] += output
-    places[scratch or out] += scratch_bytes
-    if scratch is not None and _device(scratch) == _device(out):
-        places = Counter({out: output + scratch_bytes})
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())  # by the run that is resumed
-    places[out] -= min(written, places[out])
-    for place, needed in places.items():
-        free = free_bytes(place)
-        if needed > free:
-            raise ValueError(
-                f"{place} needs about {format_size(needed)} of disk, {format_size(free)} are free; "
-                "free some, or choose another output folder or budget.scratch"
-            )
-
-
-def _device(path: Path) -> int:
-    while not path.exists():
-        path = path.absolute().parent
-    return path.stat().st_dev
