@@ -10,10 +10,10 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from decoct.engine.budget import Budget
-from decoct.engine.compress import BlocksStage, ModelStage, Stage
 from decoct.engine.data import Data
 from decoct.engine.plan import StepRules
 from decoct.engine.rules import Rule
+from decoct.engine.stages import BlocksStage, ModelStage, Stage
 from decoct.methods import METHODS, AnyMethod, BlockMethod, EdgeScaling, ModelMethod
 from decoct.methods.quantize.e2e_qp import E2EQP
 

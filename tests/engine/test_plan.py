@@ -8,7 +8,8 @@ import torch
 
 from decoct.engine.budget import Budget, format_size, parse_size
 from decoct.engine.compress import Job
-from decoct.engine.plan import Plan, make_plan
+from decoct.engine.plan import Plan
+from decoct.engine.stages import plan_stages
 from decoct.engine.write import finish_folder
 from decoct.model import open_model
 from tests.engine.running import (
@@ -28,7 +29,9 @@ from tests.engine.running import (
 
 
 def planned(job: Job) -> Plan:
-    return make_plan(job.model, job.stages[0].steps, job.data, job.budget, job.out)
+    """The only stage's plan."""
+    (plan,) = plan_stages(job.model, job.stages, job.data, job.budget, job.out).stages
+    return plan
 
 
 def quantize(method: str, **settings: Any) -> Settings:
@@ -147,7 +150,7 @@ def test_too_little_memory(base: Path, tmp_path: Path) -> None:
 
 def test_too_little_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = untouched(tmp_path)
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: 1000)
     with pytest.raises(ValueError, match=r"out needs about .* of disk, 1000 B are free; free some, or choose another"):
         run(base, tmp_path / "out", GPTQ)
     assert untouched(tmp_path) == before
@@ -156,11 +159,11 @@ def test_too_little_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_disk_counts_what_lies_where(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(make_job(base, tmp_path / "out", GPTQ))
     assert plan.scratch_bytes == 2 * 4 * 16 * 32 * 4
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes)
     scratch = {"scratch": str(tmp_path / "scratch")}
     for budget in ({}, scratch):
         planned(make_job(base, tmp_path / "out", GPTQ, budget=budget))
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes - 1)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes - 1)
     for budget in ({}, scratch):  # the scratch folder is on the same disk
         with pytest.raises(ValueError, match="of disk"):
             planned(make_job(base, tmp_path / "out", GPTQ, budget=budget))
@@ -174,7 +177,7 @@ def test_a_run_that_has_its_room_may_resume(base: Path, tmp_path: Path, monkeypa
     with pytest.raises(Crash):
         run(base, tmp_path / "out", RTN)
     monkeypatch.setattr("decoct.engine.compress.finish_folder", finish_folder)
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: plan.output_bytes // 2)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: plan.output_bytes // 2)
     run(base, tmp_path / "out", RTN)
 
 

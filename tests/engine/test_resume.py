@@ -12,7 +12,9 @@ import torch
 from decoct.engine import activations, compress, stream
 from decoct.engine.compress import Watch
 from decoct.engine.journal import Journal, exclusive
+from decoct.engine.stages import plan_stages
 from decoct.engine.stream import Event
+from decoct.engine.summary import read_summary
 from decoct.store import RUN_SUMMARY, files, read_json
 from tests.engine.running import (
     AUTOROUND,
@@ -59,14 +61,10 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def on_disk(base: Path, out: Path, *blocks: Settings) -> Settings:
     """A budget that leaves no room for the activations; process sizes must be held constant for it."""
-    plan = compress.make_plan(*plan_arguments(base, out, *blocks))
+    job = make_job(base, out, *blocks)
+    (plan,) = plan_stages(job.model, job.stages, job.data, job.budget, job.out).stages
     assert plan.in_memory
     return {"host": plan.peak_bytes - 1}
-
-
-def plan_arguments(base: Path, out: Path, *blocks: Settings) -> tuple[Any, ...]:
-    job = make_job(base, out, *blocks)
-    return job.model, job.stages[0].steps, job.data, job.budget, job.out
 
 
 @pytest.fixture
@@ -342,10 +340,12 @@ def test_two_stages_resume(
 
 def test_the_summary_stands_apart(base: Path, tmp_path: Path) -> None:
     result = run(base, tmp_path / "out", EVERYTHING)
-    summary = compress.read_summary(result.folder)
+    summary = read_summary(result.folder)
     assert summary == json.loads((result.folder / RUN_SUMMARY).read_text())
-    assert [part["part"] for part in summary["parts"]] == ["embedding", "block 0", "block 1", "block 2", "lm_head"]
-    assert sum(part["nbytes"] for part in summary["parts"]) == result.nbytes
+    (stage,) = summary["stages"]
+    assert (stage["stage"], stage["steps"]) == ("blocks", [])
+    assert [part["part"] for part in stage["parts"]] == ["embedding", "block 0", "block 1", "block 2", "lm_head"]
+    assert sum(part["nbytes"] for part in stage["parts"]) == result.nbytes
     assert summary["peak_bytes"] > 0
 
 

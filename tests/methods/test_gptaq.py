@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.engine import compress
+from decoct.engine import stages
 from decoct.engine.plan import Plan, make_plan
 from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
@@ -105,7 +105,7 @@ def test_on_disk_and_in_memory_are_the_same_bits(tmp_path: Path, monkeypatch: py
     def on_disk(*args: Any, **kwargs: Any) -> Plan:
         return replace(make_plan(*args, **kwargs), in_memory=False)
 
-    monkeypatch.setattr(compress, "make_plan", on_disk)
+    monkeypatch.setattr(stages, "make_plan", on_disk)
     assert digests(run(base, tmp_path / "tight", STEP).folder) == digests(roomy.folder)
 
 

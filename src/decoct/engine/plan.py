@@ -7,7 +7,7 @@ from math import prod
 import torch
 
 from decoct.engine.budget import Budget, compute_dtype, format_size, resident_bytes
-from decoct.engine.data import SELF, Data, check_length
+from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
 from decoct.engine.rehearse import Chain, Chains, Rehearsal, Steps, rehearse
 from decoct.engine.rules import Method, Resolved, Rule, assign, is_paired
@@ -111,9 +111,7 @@ def make_plan(
     work = Work(model, chains, scalings, data if needs_data else None, dtype)
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
-    working = peak_part(work)
-    if needs_data and data.source == SELF:  # the whole model writes the text before the first block
-        working = max(working, int(1.2 * model.num_parameters * model.dtype.itemsize))
+    working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
     limit = budget.host_limit()
     base = resident_bytes() + FIXED
     in_memory = int(MARGIN * (base + activations + working)) <= limit
@@ -147,7 +145,7 @@ def _output_bytes(model: Model, rehearsal: Rehearsal) -> int:
         made = rehearsal.made(name)
         if made is not None and name not in model.described:
             out, cols = model.shape(name)
-            total += made.nbytes.count(out, cols) - out * cols * model.dtype.itemsize
+            total += made.nbytes.of(out, cols) - out * cols * model.dtype.itemsize
     return max(round(total), 1)
 
 
@@ -160,7 +158,7 @@ def _reals(model: Model, rehearsal: Rehearsal) -> dict[str, int]:
             found[name] = sum(prod(shape) for dtype, shape in specs if dtype.is_floating_point)
         elif made is not None:
             out, cols = model.shape(name)
-            found[name] = round(made.reals.count(out, cols))
+            found[name] = round(made.reals.of(out, cols))
     return found
 
 

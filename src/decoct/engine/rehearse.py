@@ -30,14 +30,15 @@ Shape = tuple[int, int]
 _WIDTHS = [*range(128, 1025, 128), *range(96, 769, 96), 2048, 4096]
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Sizes:
     """A count for a compressed matrix: codes and masks, scales of rows, low-rank factors."""
 
     entries: float
     rows: float
     cols: float
 
-    def count(self, out: int, cols: int) -> float:
+    def of(self, out: int, cols: int) -> float:
         """For a matrix of this shape."""
         return self.entries * out * cols + self.rows * out + self.cols * cols
 

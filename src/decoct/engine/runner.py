@@ -41,10 +41,17 @@ class Runner:
         most = max(1, _TOKENS_AT_ONCE // length)
         return max(n for n in range(1, min(most, num_sequences) + 1) if num_sequences % n == 0)
 
-    def embed(self, tokens: Int[Tensor, "batch seq"], embedding: Tensor) -> Float[Tensor, "batch seq hidden"]:
-        """What enters the first block. `embedding`: the unpacked table, in `dtype`."""
-        name = self.model.family.module_name(self.model.family.embed)
-        return self.skeleton.embed(tokens, {**self._rest, name: embedding})
+    def embed(
+        self, tokens: Int[Tensor, "batch seq"], embedding: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """What enters the first block.
+
+        Args:
+            tokens: to look up.
+            embedding: the unpacked table, in `dtype`; gradients flow back to it.
+            others: tensors outside the blocks that replace the checkpoint's, in `dtype`, by checkpoint name.
+        """
+        return self.skeleton.embed(tokens, self._outside(self.model.family.embed, embedding, others))
 
     def lay_out(
         self, block: int, weights: Mapping[str, Weight], vectors: Mapping[str, Tensor] | None = None
@@ -89,10 +96,17 @@ class Runner:
             self._calls[shape] = self.skeleton.block_calls(shape, self.dtype, self._rest)
         return self.skeleton.run_block(block, tensors, hidden, self._calls[shape][block])
 
-    def logits(self, hidden: Float[Tensor, "batch seq hidden"], head: Tensor) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of the last block's output. `head`: the unpacked projection [vocab, hidden], in `dtype`."""
-        name = self.model.family.module_name(self.model.family.head)
-        return self.skeleton.head(hidden, {**self._rest, name: head})
+    def logits(
+        self, hidden: Float[Tensor, "batch seq hidden"], head: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the last block's output.
+
+        Args:
+            hidden: that output.
+            head: the unpacked projection [vocab, hidden], in `dtype`; gradients flow back to it.
+            others: as for `embed`.
+        """
+        return self.skeleton.head(hidden, self._outside(self.model.family.head, head, others))
 
     def edge_widths(self) -> dict[str, int]:
         """Features of each edge of a block."""
@@ -102,6 +116,11 @@ class Runner:
     def reader_paths(self) -> dict[str, str]:
         """Submodule whose input is each slot's input, by slot name."""
         return {slot.name: self._path(slot) for slot in self.model.block_slots}
+
+    def _outside(self, name: str, matrix: Tensor, others: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """What lies outside the blocks, by module name, with a matrix among it."""
+        given = {**(others or {}), name: matrix}
+        return {**self._rest, **{self.model.family.module_name(key): tensor for key, tensor in given.items()}}
 
     def _path(self, slot: Slot) -> str:
         if slot.param is not None:

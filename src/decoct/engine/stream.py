@@ -31,17 +31,18 @@ _SAMPLED_ROWS = 128  # rows of each matrix compared when there is no data to run
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A finished part, for whoever shows progress.
+    """A finished part, or a finished step of tuning, for whoever shows progress.
 
     Attributes:
-        part: "embedding", "block 3", "lm_head".
-        done: parts finished, this one included.
-        total: parts in all.
+        part: "embedding", "block 3", "lm_head"; "step 5".
+        done: parts, or steps, finished, this one included.
+        total: parts, or steps, in all.
         error: relative squared error of the block's contribution to the residual stream, or of its weights when no
             data ran; None if nothing was compressed.
-        seconds: what it took; 0 for a part restored from an earlier run.
+        seconds: what it took; 0 for what was restored from an earlier run.
         nbytes: bytes written.
         starved: slots that no calibration token reached.
+        loss: of a step: divergence from the model that is imitated, before it; None for a part.
     """
 
     part: str
@@ -51,6 +52,7 @@ class Event:
     seconds: float
     nbytes: int
     starved: tuple[str, ...] = ()
+    loss: float | None = None
 
 
 OnEvent = Callable[[Event], None]
