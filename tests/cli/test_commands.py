@@ -54,7 +54,7 @@ def compressed(base: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("decoct.engine.plan.product_rate", lambda _: 1e11)
+    monkeypatch.setattr("decoct.engine.estimate.product_rate", lambda _: 1e11)
 
 
 def test_inspect(base: Path, compressed: Path) -> None:
