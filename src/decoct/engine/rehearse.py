@@ -244,7 +244,7 @@ def _try_once(
     done: list[_Verdict] = []
     stages: list[tuple[_Verdict, ...]] = []
     for chain in course:
-        original = _or_held(weight, first, held)
+        begun, original = weight, _or_held(weight, first, held)
         so_far = len(done)
         for method in chain:
             if isinstance(method, BlockMethod):
@@ -254,7 +254,7 @@ def _try_once(
                 weight = method.begin(weight) if verdict.obstacle is None else weight
             else:
                 verdict = _Verdict(method)
-                weight = apply_method(method, weight, _statistic(method, inputs), original, "this recipe")
+                weight = apply_method(method, weight, _statistic(method, inputs), begun, "this recipe")
             done.append(verdict)
         stages.append(tuple(done[so_far:]))
     return tuple(stages), weight
