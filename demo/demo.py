@@ -10,7 +10,8 @@ from rich.table import Table
 import decoct
 from decoct.console import Console
 from decoct.engine.budget import format_size
-from decoct.engine.compress import RUN_FOLDER, read_summary
+from decoct.engine.disk import RUN_FOLDER
+from decoct.engine.summary import read_summary
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out" / "smollm2-w4"

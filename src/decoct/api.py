@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from decoct.engine.compress import Job, Result, Watch, compress_job, is_result_of, plan_stage, read_result
-from decoct.engine.plan import Plan
+from decoct.engine.compress import Job, Watch, compress_job, is_result_of
+from decoct.engine.stages import RecipePlan, plan_stages
+from decoct.engine.summary import Result, read_result
 from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
 from decoct.exporters import check_format, export_model
@@ -122,14 +123,20 @@ def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
 
 def plan(
     model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = (), out: Path | None = None
-) -> Plan:
-    """What the first stage of a recipe would do and take; nothing is run.
+) -> RecipePlan:
+    """What a recipe would do and take, stage by stage; nothing is run.
+
+    Args:
+        model: folder, .gguf file, hub id, or an opened model.
+        recipe: see RecipeLike.
+        settings: `key=value` texts as `--set` takes them, e.g. "gptq.bits=3".
+        out: folder of the result, to look at its disk; None: not looked at.
 
     Raises:
         ValueError: anything that would stop the run later.
     """
     parsed = load_recipe(recipe, settings)
-    return plan_stage(open_model(model), parsed.stages[0], parsed.data, parsed.budget, out)
+    return plan_stages(open_model(model), parsed.stages, parsed.data, parsed.budget, out)
 
 
 def compress(

@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from decoct.console import Console, fail, json_text
 from decoct.version import __version__
+
+if TYPE_CHECKING:
+    from decoct.engine.plan import Plan
+    from decoct.engine.stages import RecipePlan
 
 app = typer.Typer(
     add_completion=False,
@@ -192,11 +196,23 @@ def _recipe(
     return chosen, changes
 
 
-def _plan_json(found: object) -> dict[str, object]:
-    from decoct.engine.plan import Plan
+def _plan_json(found: "RecipePlan") -> dict[str, object]:
+    return {
+        "num_parameters": found.num_parameters,
+        "needs_data": found.needs_data,
+        "peak_bytes": found.peak_bytes,
+        "limit_bytes": found.limit_bytes,
+        "output_bytes": found.output_bytes,
+        "disk_bytes": found.disk_bytes,
+        "seconds": found.seconds,
+        "bits_per_weight": found.bits_per_weight,
+        "stages": [_stage_json(stage) for stage in found.stages],
+    }
+
+
+def _stage_json(found: "Plan") -> dict[str, object]:
     from decoct.recipe import method_settings
 
-    assert isinstance(found, Plan)
     groups = [
         {
             "role": g.role,
@@ -206,9 +222,18 @@ def _plan_json(found: object) -> dict[str, object]:
         }
         for g in found.groups
     ]
-    names = ("num_parameters", "needs_data", "in_memory", "peak_bytes", "limit_bytes", "output_bytes", "scratch_bytes")
-    numbers = {name: getattr(found, name) for name in names}
-    return {**numbers, "seconds": found.seconds, "bits_per_weight": found.bits_per_weight, "groups": groups}
+    return {
+        "stage": found.kind,
+        "needs_data": found.needs_data,
+        "in_memory": found.in_memory,
+        "peak_bytes": found.peak_bytes,
+        "output_bytes": found.output_bytes,
+        "scratch_bytes": found.scratch_bytes,
+        "checkpoint_bytes": found.checkpoint_bytes,
+        "seconds": found.seconds,
+        "bits_per_weight": found.bits_per_weight,
+        "groups": groups,
+    }
 
 
 def _answer(*, json: bool, value: object, show: Callable[[Console], None]) -> None:

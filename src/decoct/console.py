@@ -14,10 +14,17 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from decoct.api import Inspection, MethodInfo
-    from decoct.engine.compress import Result, Watch
+    from decoct.engine.compress import Watch
     from decoct.engine.plan import Plan
+    from decoct.engine.rules import Method
+    from decoct.engine.stages import RecipePlan
     from decoct.engine.stream import Event
+    from decoct.engine.summary import Result
     from decoct.evaluation import Measurement
+    from decoct.methods import BlockMethod, ModelMethod
+
+_SHOWN = ("bits", "group_size", "sparsity", "keep", "rank", "num_steps", "learning_rate")  # settings in a plan's table
+_STEP_LINES = 16  # of a stage that takes many steps, that many get a line of their own
 
 
 def json_text(value: object) -> str:
@@ -75,18 +82,33 @@ class Console:
         if not found.lineage:
             self.line(f"next: decoct plan {found.model} --preset w4")
 
-    def plan(self, found: "Plan") -> None:
+    def plan(self, found: "RecipePlan") -> None:
         """`decoct plan`."""
+        for number, stage in enumerate(found.stages):
+            if len(found.stages) > 1:
+                self.line(f"stage {number + 1} of {len(found.stages)}: {stage.kind}")
+            self.stage_plan(stage)
+        if len(found.stages) > 1:
+            self.line("the whole recipe")
+            self.line(f"result   about {_size(found.output_bytes)}, {found.bits_per_weight:.2f} bits per weight")
+            self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
+            self.line(f"disk     about {_size(found.disk_bytes)} while it runs")
+            self.line(f"time     about {_duration(found.seconds)}")
+
+    def stage_plan(self, found: "Plan") -> None:
+        """One stage of it, as `decoct compress` shows it when the stage begins."""
         table = _table("role", "*matrices", "*parameters", "what happens")
         for group in found.groups:
             what = " then ".join(_method(method) for method in group.methods) or "left alone"
             table.add_row(group.role, str(group.count), _count(group.parameters), what)
         self._console.print(table)
         where = "in memory" if found.in_memory else "on disk"
-        calibration = f"calibration in {str(found.dtype).removeprefix('torch.')}, activations {where}"
+        calibration = f"calibration in {str(found.dtype).removeprefix('torch.')}"
+        calibration += f", activations {where}" if found.kind == "blocks" else ""
         self.line(f"result   about {_size(found.output_bytes)}, {found.bits_per_weight:.2f} bits per weight")
         self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
-        self.line(f"disk     about {_size(found.output_bytes + found.scratch_bytes)} while it runs")
+        disk = found.output_bytes + found.scratch_bytes + found.checkpoint_bytes
+        self.line(f"disk     about {_size(disk)} while it runs")
         self.line(
             f"time     about {_duration(found.seconds)} ({calibration if found.needs_data else 'no data needed'})"
         )
@@ -155,12 +177,13 @@ class Console:
             def event(found: "Event") -> None:
                 left = clock.left(found)
                 bar.update(task, total=found.total, completed=found.done, left=left)
-                self.line(_event_line(found, left))
+                if found.loss is None or found.done % max(1, found.total // _STEP_LINES) == 0:
+                    self.line(_event_line(found, left))
 
             def planned(found: "Plan") -> None:
                 clock.reset()
                 bar.reset(task, left="")
-                self.plan(found)
+                self.stage_plan(found)
 
             yield Watch(message=self.line, planned=planned, event=event)
 
@@ -194,6 +217,7 @@ class _Clock:
 
 def _event_line(event: "Event", left: str) -> str:
     error = "" if event.error is None else f"  error {event.error:.5f}"
+    error += "" if event.loss is None else f"  KL {event.loss:.4f}"
     starved = f"  {len(event.starved)} experts' weights without data" if event.starved else ""
     return f"[{event.done:>3}/{event.total}] {event.part:<10}{error}  {event.seconds:6.1f} s  {left}{starved}".rstrip()
 
@@ -207,14 +231,12 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _method(method: object) -> str:
-    from decoct.engine.rules import Method
+def _method(method: "Method | BlockMethod | ModelMethod") -> str:
     from decoct.recipe import method_settings
 
-    assert isinstance(method, Method)
     ((name, settings),) = method_settings(method).items()
-    shown = {key: value for key, value in settings.items() if key in ("bits", "group_size", "sparsity", "keep", "rank")}
-    return f"{name} ({', '.join(f'{key} {value}' for key, value in shown.items())})"
+    shown = [f"{key} {settings[key]}" for key in _SHOWN if settings.get(key) is not None]
+    return f"{name} ({', '.join(shown)})"
 
 
 def _size(nbytes: float) -> str:

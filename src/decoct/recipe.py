@@ -10,16 +10,16 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from decoct.engine.budget import Budget
-from decoct.engine.compress import BlocksStage, ModelStage, Stage
 from decoct.engine.data import Data
 from decoct.engine.plan import StepRules
-from decoct.engine.rules import Method, Rule
-from decoct.methods import METHODS, BlockMethod, ModelMethod
+from decoct.engine.rules import Rule
+from decoct.engine.stages import BlocksStage, ModelStage, Stage
+from decoct.methods import METHODS, AnyMethod, BlockMethod, EdgeScaling, ModelMethod
 from decoct.methods.quantize.e2e_qp import E2EQP
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
-_BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod)]
+_BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod | EdgeScaling)]
 _MODEL_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, ModelMethod)]
 _TOP_KEYS = ("name", "about", "data", "budget", "stages", "export")
 
@@ -130,13 +130,13 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     return changed
 
 
-def method_settings(method: Method | BlockMethod | ModelMethod) -> dict[str, Any]:
+def method_settings(method: AnyMethod) -> dict[str, Any]:
     """A method as a recipe spells it: `{"gptq": {"bits": 4, …}}`."""
     name = next(name for name, cls in METHODS.items() if type(method) is cls)
     return {name: asdict(method)}
 
 
-def build_method(name: str, value: Any, where: str) -> Method | BlockMethod | ModelMethod:
+def build_method(name: str, value: Any, where: str) -> AnyMethod:
     """One method from its name and fields.
 
     Raises:
@@ -185,7 +185,7 @@ def _step(value: Any, where: str) -> StepRules:
         if kind not in METHODS:
             raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear', *_BLOCK_METHODS])}")
         method = build_method(kind, inner, where)
-        if not isinstance(method, BlockMethod):
+        if not isinstance(method, BlockMethod | EdgeScaling):
             raise RecipeError(f"{where}: {kind} works on single matrices; write {{linear: {{{kind}: …}}}}")
         return method
     rules = inner if isinstance(inner, list) else [inner]
@@ -206,7 +206,7 @@ def _rule(value: Any, where: str) -> Rule:
     patterns = (match,) if isinstance(match, str) else tuple(str(item) for item in match)
     share = _typed(float, value.get("min_share", 0.0), f"{where}.min_share")
     method = None if leave else build_method(names[0], value[names[0]], where)
-    if isinstance(method, BlockMethod):
+    if isinstance(method, BlockMethod | EdgeScaling):
         raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
     if isinstance(method, ModelMethod):
         raise RecipeError(f"{where}: {names[0]} works on the whole model; write it as a stage of its own")
@@ -214,7 +214,7 @@ def _rule(value: Any, where: str) -> Rule:
 
 
 def _step_settings(step: StepRules) -> dict[str, Any]:
-    return method_settings(step) if isinstance(step, BlockMethod) else {"linear": [_rule_settings(r) for r in step]}
+    return {"linear": [_rule_settings(r) for r in step]} if isinstance(step, tuple) else method_settings(step)
 
 
 def _rule_settings(rule: Rule) -> dict[str, Any]:

@@ -14,7 +14,9 @@ _TILE = 512  # Gram matrices are symmetric: tiles below the diagonal are mirrore
 class Stat(Protocol):
     """What a method may ask for: start empty, add batches of inputs, merge with others of the same width."""
 
-    num_tokens: int
+    @property
+    def num_tokens(self) -> int:
+        """How many inputs it holds."""
 
     @classmethod
     def empty(cls, width: int) -> Self:
@@ -32,6 +34,9 @@ class Stat(Protocol):
 
     def through(self, right: Float[Tensor, "rank in"]) -> "Stat":
         """The statistic of right·x, for the left factor of a low-rank pair."""
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x, feature by feature."""
 
     @staticmethod
     def nbytes_for(width: int) -> int:
@@ -93,10 +98,71 @@ class Gram:
         full = self.total.triu() + self.total.triu(1).T
         return Gram(right.float() @ full @ right.float().T, self.num_tokens)
 
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.total * factor * factor.unsqueeze(1), self.num_tokens)
+
     @staticmethod
     def nbytes_for(width: int) -> int:
         """Float32 [width, width]."""
         return 4 * width * width
+
+
+class PairedGram:
+    """Σ x·xᵀ and Σ (x' - x)·xᵀ, x' what the uncompressed model feeds into the same layer: GPTAQ's two streams.
+
+    Attributes:
+        gram: of x.
+        cross: [in, in] float32, the second sum.
+    """
+
+    name: ClassVar[str] = "paired_gram"
+
+    def __init__(self, gram: Gram, cross: Float[Tensor, "in in"]) -> None:
+        self.gram = gram
+        self.cross = cross
+
+    @classmethod
+    def empty(cls, width: int) -> Self:
+        """Sums over no tokens."""
+        return cls(Gram.empty(width), torch.zeros(width, width))
+
+    @classmethod
+    def neutral(cls, width: int) -> Self:
+        """White inputs, the same in both models."""
+        return cls(Gram.neutral(width), torch.zeros(width, width))
+
+    @property
+    def num_tokens(self) -> int:
+        """How many inputs it holds."""
+        return self.gram.num_tokens
+
+    def add(self, x: Float[Tensor, "tokens in"]) -> None:
+        """Inputs that are the same in both models: those of a model of which nothing is compressed yet."""
+        self.gram.add(x)
+
+    def add_pair(self, x: Float[Tensor, "tokens in"], original: Float[Tensor, "tokens in"]) -> None:
+        """Add a batch of inputs, and of what the uncompressed model has in their place."""
+        self.gram.add(x)
+        self.cross.addmm_((original.float() - x.float()).T, x.float())
+
+    def merge(self, other: Self) -> Self:
+        """The sums over both sets of tokens."""
+        return type(self)(self.gram.merge(other.gram), self.cross + other.cross)
+
+    def through(self, right: Float[Tensor, "rank in"]) -> "PairedGram":
+        """The statistic of right·x."""
+        r = right.float()
+        return PairedGram(self.gram.through(right), r @ self.cross @ r.T)
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.gram.scaled(factor), self.cross * factor * factor.unsqueeze(1))
+
+    @staticmethod
+    def nbytes_for(width: int) -> int:
+        """Two float32 [width, width]."""
+        return 8 * width * width
 
 
 class ColumnNorm:
@@ -141,6 +207,10 @@ class ColumnNorm:
         if self.num_tokens == 0:
             raise ValueError("no calibration token reached this layer")
         return (self.total / self.num_tokens).sqrt().float()
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.total * factor.double().square(), self.num_tokens)
 
     def through(self, _: Float[Tensor, "rank in"]) -> "ColumnNorm":
         """Not to be had from norms alone.
@@ -190,6 +260,10 @@ class AbsMax:
     def merge(self, other: Self) -> Self:
         """The larger of both."""
         return type(self)(torch.maximum(self.maximum, other.maximum), self.num_tokens + other.num_tokens)
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        return type(self)(self.maximum * factor.abs(), self.num_tokens)
 
     @staticmethod
     def nbytes_for(width: int) -> int:
@@ -250,6 +324,11 @@ class Moments:
             self.deviation + other.deviation + gap.square() * self.num_tokens * share,
             count,
         )
+
+    def scaled(self, factor: Float[Tensor, "in"]) -> Self:
+        """The statistic of factor·x."""
+        f = factor.double()
+        return type(self)(self.mean * f, self.mean_abs * f.abs(), self.deviation * f.square(), self.num_tokens)
 
     def variance(self) -> Float[Tensor, "in"]:
         """Population variance of each input feature.

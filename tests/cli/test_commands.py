@@ -54,7 +54,7 @@ def compressed(base: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("decoct.engine.plan.product_rate", lambda _: 1e11)
+    monkeypatch.setattr("decoct.engine.estimate.product_rate", lambda _: 1e11)
 
 
 def test_inspect(base: Path, compressed: Path) -> None:
@@ -74,10 +74,14 @@ def test_inspect(base: Path, compressed: Path) -> None:
 def test_plan(base: Path, tmp_path: Path) -> None:
     before = sorted(base.parent.iterdir())
     found = answer("plan", base, *W4)
-    assert {"peak_bytes", "limit_bytes", "output_bytes", "scratch_bytes", "seconds", "groups"} <= found.keys()
+    assert {"peak_bytes", "limit_bytes", "output_bytes", "disk_bytes", "seconds", "stages"} <= found.keys()
     assert found["needs_data"] is True
+    (stage,) = found["stages"]
+    assert stage["stage"] == "blocks"
+    assert {key: stage[key] for key in stage.keys() & found.keys()}.items() <= found.items()
+    assert found["disk_bytes"] == stage["output_bytes"] + stage["scratch_bytes"]
     assert found["bits_per_weight"] == pytest.approx(8 * found["output_bytes"] / found["num_parameters"])
-    methods = {group["role"]: group["methods"] for group in found["groups"]}
+    methods = {group["role"]: group["methods"] for group in stage["groups"]}
     assert methods["mlp.down"][0]["gptq"]["bits"] == 4
     assert methods["embed"][0]["rtn"]["bits"] == 8
     shown = invoke("plan", base, *W4)

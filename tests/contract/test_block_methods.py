@@ -12,7 +12,7 @@ from decoct.arch import Slot
 from decoct.methods import METHODS, BlockMethod, BlockWeights
 from decoct.methods.quantize.rtn import RTN
 from decoct.recipe import RecipeError, build_method, method_settings, parse_recipe
-from decoct.weights import Dense, GroupInt, Masked, Weight
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sum, Weight
 from tests.reference.inputs import correlated, gaussian
 
 WIDTH, MIDDLE, LENGTH, SEQUENCES = 32, 64, 24, 12
@@ -147,11 +147,97 @@ def test_zeros_stay_zero(cls: type[BlockMethod], symmetric: bool) -> None:
 
 
 @EVERY
-def test_nothing_to_work_on_is_said(cls: type[BlockMethod]) -> None:
+def test_a_block_with_nothing_to_work_on_is_left(cls: type[BlockMethod]) -> None:
     original = dense()
-    method = replace(quick(cls), bits=None)
-    with pytest.raises(ValueError, match="quantiz"):
-        method.compress(BlockWeights(SLOTS, original, original), passage(original))
+    method = quick(cls, bits=None)
+    assert method.compress(BlockWeights(SLOTS, original, original), passage(original)) == {}
+    for weight in original.values():
+        assert "quantiz" in str(method.obstacle(weight, weight))
+
+
+@EVERY
+def test_what_is_not_quantized_is_left(cls: type[BlockMethod]) -> None:
+    original = dense()
+    start = {**original, UP: rounded(original)[UP]}
+    through = passage(original)
+    made = quick(cls, bits=None).compress(BlockWeights(SLOTS, original, start), through)
+    assert made.keys() == {UP}
+    assert through.error({**start, **made}) < through.error(start)
+
+
+@EVERY
+def test_protected_slots_are_left(cls: type[BlockMethod]) -> None:
+    original = dense()
+    slots = {**SLOTS, DOWN: replace(SLOTS[DOWN], protected=True)}
+    assert quick(cls).compress(BlockWeights(slots, original, rounded(original)), passage(original)).keys() == {UP}
+
+
+def kinds(weight: Weight) -> list[str]:
+    return [node.kind for node in weight.walk()]
+
+
+def pieces(weight: Weight, wanted: torch.Tensor) -> dict[str, Weight]:
+    """What earlier steps may have made of a matrix."""
+    u, s, v = torch.linalg.svd(wanted - weight.unpack())
+    correction = LowRank.of(Dense.of(u[:, :4] * s[:4]), Dense.of(v[:4]))
+    survivors = gaussian(*weight.shape, seed=5) > -1
+    u, s, v = torch.linalg.svd(wanted, full_matrices=False)
+    return {
+        "masked": Masked.of(weight, survivors),
+        "corrected": Sum.of(weight, correction),
+        "masked and corrected": Sum.of(Masked.of(weight, survivors), correction),
+        "corrected and masked": Masked.of(Sum.of(weight, correction), survivors),
+        "factors": LowRank.of(*rounded({"left": Dense.of(u * s), "right": Dense.of(v)}, bits=4, group_size=8).values()),
+    }
+
+
+@EVERY
+@pytest.mark.parametrize("made_of", ["masked", "corrected", "masked and corrected", "corrected and masked", "factors"])
+def test_every_nesting_is_improved_and_kept(cls: type[BlockMethod], made_of: str) -> None:
+    original = dense()
+    start = {name: pieces(weight, original[name].unpack())[made_of] for name, weight in rounded(original).items()}
+    through, before = passage(original), stored(start)
+    made = quick(cls, bits=None).compress(BlockWeights(SLOTS, original, start), through)
+    assert made.keys() == start.keys()
+    assert through.error(made) < through.error(start) or made_of == "factors"
+    after = stored(made)
+    for name, weight in made.items():
+        assert kinds(weight) == kinds(start[name])
+        assert weight.nbytes == start[name].nbytes
+    real = [key for key, tensor in before.items() if key.endswith("values")]
+    assert all(torch.equal(before[key], after[key]) for key in real), "what is not on a grid stays as it is"
+    assert all(torch.equal(before[name], tensor) for name, tensor in stored(start).items())
+
+
+@EVERY
+def test_factors_that_it_rounds_are_given_back(cls: type[BlockMethod]) -> None:
+    original = dense()
+    factors: dict[str, Weight] = {}
+    for name, weight in original.items():
+        u, s, v = torch.linalg.svd(weight.unpack(), full_matrices=False)
+        factors[name] = LowRank.of(Dense.of(u * s), Dense.of(v))
+    made = quick(cls, group_size=8).compress(BlockWeights(SLOTS, original, factors), passage(original))
+    assert {name: kinds(weight) for name, weight in made.items()} == {
+        name: ["LowRank", "GroupInt", "GroupInt"] for name in original
+    }
+
+
+@EVERY
+def test_what_was_quantized_before_the_stage_is_left(cls: type[BlockMethod]) -> None:
+    """There is nothing left that it could be compared with."""
+    original = dense()
+    start = rounded(original)
+    assert quick(cls).compress(BlockWeights(SLOTS, start, start), passage(start)) == {}
+    reason = quick(cls).obstacle(start[UP], start[UP])
+    assert reason is not None
+    assert "same blocks list" in reason
+
+
+@EVERY
+def test_what_it_cannot_learn_is_named(cls: type[BlockMethod]) -> None:
+    weight = dense()[UP]
+    for held in (Shared.of(DOWN, weight), rounded(dense())[UP]):
+        assert f"{cls.__name__.lower()} " in str(quick(cls).obstacle(held, held))
 
 
 @EVERY
@@ -161,3 +247,12 @@ def test_damaged_inputs_are_named(cls: type[BlockMethod]) -> None:
     through.x[3, 2, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         quick(cls).compress(BlockWeights(SLOTS, original, original), through)
+
+
+@EVERY
+def test_settings_are_checked(cls: type[BlockMethod]) -> None:
+    for wrong in ({"num_steps": 0}, {"batch_size": 0}, {"bits": 9}, {"learning_rate": 0.0}, {"learning_rate": 2.0}):
+        known = {field.name for field in fields(cls)}
+        if wrong.keys() <= known:
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                cls(**wrong)

@@ -85,7 +85,7 @@ def try_points(base: Path, text: Path, folder: Path, every: int, recipe: dict[st
 def main() -> None:
     """See the module's words."""
     torch.set_num_threads(1)
-    decoct.engine.plan.product_rate = lambda _: 1e11
+    decoct.engine.estimate.product_rate = lambda _: 1e11
     base, text, folder = (Path(each) for each in sys.argv[1:4])
     print(try_points(base, text, folder, int(sys.argv[4]), json.loads(sys.argv[5])))
 

@@ -20,6 +20,7 @@ GPTQ: Settings = {"linear": {"gptq": {"bits": 4, "group_size": 8}}}
 RTN: Settings = {"linear": {"rtn": {"bits": 4, "group_size": 8}}}
 WANDA: Settings = {"linear": {"wanda": {"sparsity": 0.5}}}
 EORA: Settings = {"linear": {"eora": {"rank": 2}}}
+AUTOROUND: Settings = {"autoround": {"num_steps": 3, "batch_size": 2}}
 EVERYTHING: Settings = {
     "linear": [
         {"match": ["embed", "lm_head"], "rtn": {"bits": 8, "group_size": 8}},

@@ -102,7 +102,7 @@ def test_what_travels_with_the_weights(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     names = {path.name for path in out.iterdir()}
     assert not names & {"README.md", "pytorch_model.bin", "training_args.bin", "onnx"}
-    assert read_json(out / "decoct-run.json")["parts"], "the run's own summary, not the model's"
+    assert read_json(out / "decoct-run.json")["stages"], "the run's own summary, not the model's"
 
 
 def test_config_index_and_manifest(base: Path, tmp_path: Path) -> None:

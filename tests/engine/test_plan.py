@@ -8,13 +8,30 @@ import torch
 
 from decoct.engine.budget import Budget, format_size, parse_size
 from decoct.engine.compress import Job
-from decoct.engine.plan import Plan, make_plan
+from decoct.engine.plan import Plan
+from decoct.engine.stages import plan_stages
 from decoct.engine.write import finish_folder
-from tests.engine.running import EORA, EVERYTHING, GPTQ, RTN, WANDA, Crash, Settings, crash_at, make_base, make_job, run
+from decoct.model import open_model
+from tests.engine.running import (
+    AUTOROUND,
+    EORA,
+    EVERYTHING,
+    GPTQ,
+    RTN,
+    WANDA,
+    Crash,
+    Settings,
+    crash_at,
+    make_base,
+    make_job,
+    run,
+)
 
 
 def planned(job: Job) -> Plan:
-    return make_plan(job.model, job.stages[0].steps, job.data, job.budget, job.out)
+    """The only stage's plan."""
+    (plan,) = plan_stages(job.model, job.stages, job.data, job.budget, job.out).stages
+    return plan
 
 
 def quantize(method: str, **settings: Any) -> Settings:
@@ -93,6 +110,16 @@ REFUSED = {
         r"rule 'mlp\.gate_up' matches nothing; this model's roles: attn\.k, .*mlp\.up",
     ),
     "data for an embedding": ([rule(match="embed", gptq={"group_size": 8})], r"embed_tokens\.weight: an embedding has"),
+    "learning the rounding of nothing": ([{"autoround": {}}], "autoround finds nothing quantized; give it bits"),
+    "learning the rounding of what is pruned": ([WANDA, {"autoround": {}}], "autoround finds nothing quantized"),
+    "rounding a corrected matrix": (
+        [WANDA, EORA, {"autoround": {"bits": 4, "group_size": 8}}],
+        r"autoround cannot be applied to a Sum\(Sparse\(LowRank",
+    ),
+    "groups that do not divide what is to be rounded": (
+        [{"autoround": {"bits": 4, "group_size": 32}}],
+        r"mlp\.down_proj\.weight: group_size 32 does not divide 48",
+    ),
     "correcting nothing": ([EORA], "a correction needs an earlier step that compresses"),
     "a rank larger than the matrix": ([RTN, rule(eora={"rank": 17})], r"k_proj\.weight: rank 17 is more than"),
     "a pattern that does not divide": ([rule(wanda={"n": 2, "m": 5})], "2:5 does not divide 32 input features"),
@@ -123,7 +150,7 @@ def test_too_little_memory(base: Path, tmp_path: Path) -> None:
 
 def test_too_little_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = untouched(tmp_path)
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: 1000)
     with pytest.raises(ValueError, match=r"out needs about .* of disk, 1000 B are free; free some, or choose another"):
         run(base, tmp_path / "out", GPTQ)
     assert untouched(tmp_path) == before
@@ -132,11 +159,11 @@ def test_too_little_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_disk_counts_what_lies_where(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(make_job(base, tmp_path / "out", GPTQ))
     assert plan.scratch_bytes == 2 * 4 * 16 * 32 * 4
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes)
     scratch = {"scratch": str(tmp_path / "scratch")}
     for budget in ({}, scratch):
         planned(make_job(base, tmp_path / "out", GPTQ, budget=budget))
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes - 1)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: plan.output_bytes + plan.scratch_bytes - 1)
     for budget in ({}, scratch):  # the scratch folder is on the same disk
         with pytest.raises(ValueError, match="of disk"):
             planned(make_job(base, tmp_path / "out", GPTQ, budget=budget))
@@ -150,7 +177,7 @@ def test_a_run_that_has_its_room_may_resume(base: Path, tmp_path: Path, monkeypa
     with pytest.raises(Crash):
         run(base, tmp_path / "out", RTN)
     monkeypatch.setattr("decoct.engine.compress.finish_folder", finish_folder)
-    monkeypatch.setattr("decoct.engine.plan.free_bytes", lambda _: plan.output_bytes // 2)
+    monkeypatch.setattr("decoct.engine.disk.free_bytes", lambda _: plan.output_bytes // 2)
     run(base, tmp_path / "out", RTN)
 
 
@@ -159,6 +186,65 @@ def test_an_impossible_second_stage_is_refused_before_the_first_runs(base: Path,
     with pytest.raises(ValueError, match="svd_llm cannot be applied to a GroupInt weight"):
         run(base, tmp_path / "out", stages=[{"blocks": [RTN]}, {"blocks": [rule(svd_llm={})]}])
     assert untouched(tmp_path) == before
+
+
+EMBEDDING = {"linear": {"match": "embed", "rtn": {"group_size": 8}}}
+LATE = {
+    "in a later stage": [{"blocks": [GPTQ]}, {"blocks": [AUTOROUND]}],
+    "after more": [{"blocks": [WANDA]}, {"blocks": [GPTQ]}, {"blocks": [EMBEDDING, AUTOROUND]}],
+}
+
+
+@pytest.mark.parametrize("when", LATE)
+def test_learning_too_late_is_refused_before_the_first_stage_runs(when: str, base: Path, tmp_path: Path) -> None:
+    """Its reference is the model that its own stage began with."""
+    before = untouched(tmp_path)
+    with pytest.raises(ValueError, match="into the same blocks list as the step that quantizes"):
+        run(base, tmp_path / "out", stages=LATE[when])
+    assert untouched(tmp_path) == before
+
+
+def test_learning_on_a_compressed_model_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = run(base, tmp_path / "first", RTN).folder
+    job = make_job(folder, tmp_path / "out", AUTOROUND, data={"source": str(base.parent / "text.txt")})
+    with pytest.raises(ValueError, match="start from the uncompressed model"):
+        planned(job)
+
+
+def test_learning_after_an_earlier_stage_that_pruned(base: Path, tmp_path: Path) -> None:
+    stages = [{"blocks": [WANDA]}, {"blocks": [GPTQ, AUTOROUND]}]
+    model = open_model(run(base, tmp_path / "out", stages=stages).folder)
+    kinds = {node.kind for name in model.described for node in model.weight(name).walk()}
+    assert kinds == {"Masked", "GroupInt"}
+
+
+def test_blocks_that_rules_leave_alone_are_passed_by(base: Path, tmp_path: Path) -> None:
+    rules = [{"match": "0.*", "leave": True}, {"match": "mlp.*", "leave": True}, {"gptq": {"group_size": 8}}]
+    job = make_job(base, tmp_path / "out", {"linear": rules}, AUTOROUND)
+    happens = {group.role: len(group.methods) for group in planned(job).groups}
+    assert happens["mlp.up"] == 0
+    counts = sorted((g.count, len(g.methods)) for g in planned(job).groups if g.role == "attn.q")
+    assert counts == [(1, 0), (2, 2)]
+    model = open_model(run(base, tmp_path / "out", {"linear": rules}, AUTOROUND).folder)
+    assert {name.split(".")[2] for name in model.described} == {"1", "2"}
+    assert all("self_attn" in name for name in model.described)
+
+
+def test_group_size_counts_only_where_autoround_rounds(base: Path, tmp_path: Path) -> None:
+    """What gptq has quantized keeps its groups, whatever autoround would use for the rest."""
+    method = {"autoround": {"bits": 4, "group_size": 32, "num_steps": 1}}
+    rules = [{"match": "mlp.down", "gptq": {"group_size": 16}}, {"match": "*", "leave": True}]
+    plan = planned(make_job(base, tmp_path / "out", {"linear": rules}, method))
+    assert plan.output_bytes == pytest.approx(run(base, tmp_path / "out", {"linear": rules}, method).nbytes, rel=0.01)
+
+
+def test_memory_for_learning_is_counted_though_the_first_block_is_left(base: Path, tmp_path: Path) -> None:
+    quantized = {"linear": [{"match": "0.*", "leave": True}, {"gptq": {"group_size": 8}}]}
+    peaks = [
+        planned(make_job(base, tmp_path / "out", quantized, {"autoround": {"batch_size": size}})).peak_bytes
+        for size in (1, 64)
+    ]
+    assert peaks[0] < peaks[1]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral"])

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.engine.running import EORA, EVERYTHING, GPTQ, WANDA
+from tests.engine.running import AUTOROUND, EORA, EVERYTHING, GPTQ, WANDA
 
 RECIPES: dict[str, dict[str, Any]] = {
     "one stage": {"stages": [{"blocks": [EVERYTHING]}]},
     "two stages": {"stages": [{"blocks": [WANDA]}, {"blocks": [GPTQ, EORA]}]},
+    "two chains of states": {"stages": [{"blocks": [GPTQ, AUTOROUND]}]},
 }
 
 
@@ -29,8 +30,9 @@ def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
     return int(done.stdout.split()[-1])
 
 
-def test_some_points(base: Path, tmp_path: Path) -> None:
-    assert cut(base, tmp_path, RECIPES["one stage"], every=7) >= 8
+@pytest.mark.parametrize("recipe", ["one stage", "two chains of states"])
+def test_some_points(recipe: str, base: Path, tmp_path: Path) -> None:
+    assert cut(base, tmp_path, RECIPES[recipe], every=7) >= 8
 
 
 @pytest.mark.e2e

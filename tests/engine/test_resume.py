@@ -12,9 +12,12 @@ import torch
 from decoct.engine import activations, compress, stream
 from decoct.engine.compress import Watch
 from decoct.engine.journal import Journal, exclusive
+from decoct.engine.stages import plan_stages
 from decoct.engine.stream import Event
+from decoct.engine.summary import read_summary
 from decoct.store import RUN_SUMMARY, files, read_json
 from tests.engine.running import (
+    AUTOROUND,
     EORA,
     EVERYTHING,
     GPTQ,
@@ -58,14 +61,10 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def on_disk(base: Path, out: Path, *blocks: Settings) -> Settings:
     """A budget that leaves no room for the activations; process sizes must be held constant for it."""
-    plan = compress.make_plan(*plan_arguments(base, out, *blocks))
+    job = make_job(base, out, *blocks)
+    (plan,) = plan_stages(job.model, job.stages, job.data, job.budget, job.out).stages
     assert plan.in_memory
     return {"host": plan.peak_bytes - 1}
-
-
-def plan_arguments(base: Path, out: Path, *blocks: Settings) -> tuple[Any, ...]:
-    job = make_job(base, out, *blocks)
-    return job.model, job.stages[0].steps, job.data, job.budget, job.out
 
 
 @pytest.fixture
@@ -115,6 +114,63 @@ def test_stopped_in_the_middle(
         assert digests(tmp_path / "out") == whole(base, EVERYTHING)
         return
     assert digests(run(base, tmp_path / "out", EVERYTHING).folder) == whole(base, EVERYTHING)
+
+
+PAIRED = (EVERYTHING, AUTOROUND)
+"""Two chains of hidden states: of the model as it becomes and as it was."""
+
+PAIRED_POINTS: dict[str, tuple[Any, str, int]] = {
+    "before the second chain begins": (activations.Activations, "commit", 1),
+    "between the two chains' outputs": (activations.Activations, "commit", 3),
+    "between removing the two chains' inputs": (activations.Activations, "discard", 1),
+    "while it learns": (stream.Runner, "lay_out_matrices", 20),
+    "before a part is noted": (Journal, "finish", 2),
+}
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_two_chains_stopped_after_each_part(part: int, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", *PAIRED, watch=stop_after(part))
+    assert digests(run(base, tmp_path / "out", *PAIRED).folder) == whole(base, *PAIRED)
+    assert not (tmp_path / "out" / ".run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that the crash left open
+@pytest.mark.usefixtures("constant_memory")
+@pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("after", [False, True], ids=["", "just after"])
+@pytest.mark.parametrize("point", PAIRED_POINTS)
+def test_two_chains_stopped_in_the_middle(
+    point: str, after: bool, in_memory: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, call = PAIRED_POINTS[point]
+    budget = {} if in_memory else on_disk(base, tmp_path / "out", *PAIRED)
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, crash_at(call, original, after=after))
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", *PAIRED, budget=budget)
+    monkeypatch.setattr(owner, name, original)
+    assert digests(run(base, tmp_path / "out", *PAIRED, budget=budget).folder) == whole(base, *PAIRED)
+
+
+@pytest.mark.usefixtures("constant_memory")
+def test_two_chains_on_disk_give_the_same_bits(base: Path, tmp_path: Path) -> None:
+    plans = []
+    budget = on_disk(base, tmp_path / "out", *PAIRED)
+    folder = run(base, tmp_path / "out", *PAIRED, budget=budget, watch=Watch(planned=plans.append)).folder
+    assert not plans[0].in_memory
+    assert digests(folder) == whole(base, *PAIRED)
+    assert digests(folder) != whole(base, EVERYTHING), "learning changed something"
+
+
+def test_a_lost_second_chain_says_so(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", *PAIRED, watch=stop_after(2))
+    for path in (tmp_path / "out").rglob("reference-*.bin"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"reference-00002\.bin is missing or damaged.*--fresh"):
+        run(base, tmp_path / "out", *PAIRED)
 
 
 @pytest.mark.usefixtures("constant_memory")
@@ -284,10 +340,12 @@ def test_two_stages_resume(
 
 def test_the_summary_stands_apart(base: Path, tmp_path: Path) -> None:
     result = run(base, tmp_path / "out", EVERYTHING)
-    summary = compress.read_summary(result.folder)
+    summary = read_summary(result.folder)
     assert summary == json.loads((result.folder / RUN_SUMMARY).read_text())
-    assert [part["part"] for part in summary["parts"]] == ["embedding", "block 0", "block 1", "block 2", "lm_head"]
-    assert sum(part["nbytes"] for part in summary["parts"]) == result.nbytes
+    (stage,) = summary["stages"]
+    assert (stage["stage"], stage["steps"]) == ("blocks", [])
+    assert [part["part"] for part in stage["parts"]] == ["embedding", "block 0", "block 1", "block 2", "lm_head"]
+    assert sum(part["nbytes"] for part in stage["parts"]) == result.nbytes
     assert summary["peak_bytes"] > 0
 
 

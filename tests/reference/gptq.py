@@ -46,10 +46,12 @@ def obq(
     mask: list[list[bool]] | None = None,
     damping: float = 0.01,
     act_order: bool = True,
+    moved: Matrix | None = None,
 ) -> list[list[int]]:
     """Codes by optimal brain quantization: round a feature, spread its error over the rest with H⁻¹, eliminate it.
 
     e = (w_j - q_j)/[H⁻¹]_jj; w -= e·[H⁻¹]_j; H⁻¹ -= [H⁻¹]_·j·[H⁻¹]_j·/[H⁻¹]_jj.
+    GPTAQ, with moved = E[(x' - x)·xᵀ]: the rest then takes up w_j·moved_j too: w += w_j·moved_j·H⁻¹ over the rest.
     """
     H, order, dead = prepared(H, damping, act_order)
     inv = inverse(H)
@@ -67,6 +69,11 @@ def obq(
             factor = inv[a][j] / inv[j][j]
             for b in rest:
                 inv[a][b] -= factor * inv[j][b]
+        if moved is not None:
+            owed = {k: sum(moved[j][m] * inv[m][k] for m in rest) for k in rest}
+            for row in w:
+                for k in rest:
+                    row[k] += row[j] * owed[k]
     return codes
 
 

@@ -26,5 +26,8 @@ def _num_experts(config: Config) -> int:
     return int(config["num_local_experts"] if "num_local_experts" in config else config["num_experts"])
 
 
-MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, PRE_NORMS, renames=((".block_sparse_moe.", ".mlp."),))
-QWEN3_MOE = Family("qwen3_moe", ("qwen3_moe",), _qwen3_moe, PRE_NORMS)
+# Every expert and the router read what the second norm writes: only the first can take over scales of its edge.
+_NORMS = PRE_NORMS[:1]
+
+MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, _NORMS, renames=((".block_sparse_moe.", ".mlp."),))
+QWEN3_MOE = Family("qwen3_moe", ("qwen3_moe",), _qwen3_moe, _NORMS)

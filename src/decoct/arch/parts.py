@@ -10,7 +10,7 @@ def attention(prefix: str = "self_attn.", out: str = "o_proj", reads: str = "att
     return (
         Slot(f"{prefix}q_proj.weight", "attn.q", reads, "q"),
         Slot(f"{prefix}k_proj.weight", "attn.k", reads, "k"),
-        Slot(f"{prefix}v_proj.weight", "attn.v", reads, "v"),
+        Slot(f"{prefix}v_proj.weight", "attn.v", reads, "v", carries="attn_mid"),
         Slot(f"{prefix}{out}.weight", "attn.o", "attn_mid", "resid"),
     )
 
@@ -19,7 +19,7 @@ def gated_mlp(reads: str = "mlp_in") -> tuple[Slot, ...]:
     """Gate and up side by side, then down."""
     return (
         Slot("mlp.gate_proj.weight", "mlp.gate", reads, "mlp_mid"),
-        Slot("mlp.up_proj.weight", "mlp.up", reads, "mlp_mid"),
+        Slot("mlp.up_proj.weight", "mlp.up", reads, "mlp_mid", carries="mlp_mid"),
         Slot("mlp.down_proj.weight", "mlp.down", "mlp_mid", "resid"),
     )
 
@@ -39,7 +39,7 @@ def experts(prefix: str, names: tuple[str, str, str], count: int) -> tuple[Slot,
         fused, final = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
         found += [
             Slot(f"{prefix}{e}.{gate}.weight", "moe.gate", reads, mid, param=fused, expert=e, half=0),
-            Slot(f"{prefix}{e}.{up}.weight", "moe.up", reads, mid, param=fused, expert=e, half=1),
+            Slot(f"{prefix}{e}.{up}.weight", "moe.up", reads, mid, param=fused, expert=e, half=1, carries=mid),
             Slot(f"{prefix}{e}.{down}.weight", "moe.down", mid, "resid", param=final, expert=e),
         ]
     return tuple(found)

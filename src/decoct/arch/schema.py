@@ -22,6 +22,8 @@ class Slot:
         expert: which expert's slice of `param`.
         half: 0 or 1 if it is the first or second half of that slice's rows (gate and up fused), else None.
         protected: left alone unless a rule names its role outright: routers, embeddings, lm_head.
+        carries: the edge whose channels its rows can rescale, since nothing in between depends on their size: values
+            for the attention's output, "up" for a gated MLP's middle.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Slot:
     expert: int | None = None
     half: int | None = None
     protected: bool = False
+    carries: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,11 @@ class Family:
         for theirs, modules in self.renames:
             checkpoint_name = checkpoint_name.replace(theirs, modules)
         return checkpoint_name
+
+    def head_size(self, config: Config) -> int:
+        """Channels of one attention head."""
+        given = config.get("head_dim")
+        return int(given) if given else int(config["hidden_size"]) // int(config["num_attention_heads"])
 
     def ends(self) -> tuple[Slot, Slot]:
         """The two slots outside the blocks: token embedding and output projection."""

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from decoct.arch import Slot
+from decoct.engine.passage import BlockPassage
 from decoct.engine.rules import Method
-from decoct.methods import BlockMethod, BlockWeights, LinearMethod, Passage
+from decoct.methods import BlockMethod, BlockWeights, LinearMethod
 from decoct.weights import Weight
 
 Stats = Mapping[str, Mapping[type[Any], Any]]
@@ -20,24 +23,32 @@ class Block:
     Attributes:
         label: "block 3", "embedding" or "lm_head", for messages.
         slots: by full name.
-        original: each slot's weight as it was when the block was loaded.
+        original: each slot's weight as it was when the block was loaded, rescaled as `weights` are.
         weights: each slot's weight as earlier steps left it.
         stats: statistics of the inputs, by edge, then by kind.
         starved: slots that no calibration token reached; their statistics are neutral ones.
         passage: calibration through the block, for steps that run it; None outside the blocks, or if none does.
+        vectors: norms, biases and the like, by full name.
+        prefix: of the full names of a block's tensors; None outside the blocks.
     """
 
     label: str
     slots: dict[str, Slot]
-    original: dict[str, Weight]
-    weights: dict[str, Weight]
+    original: Mapping[str, Weight]
+    weights: Mapping[str, Weight]
     stats: Stats = field(default_factory=dict)
     starved: tuple[str, ...] = ()
-    passage: Passage | None = None
+    passage: BlockPassage | None = None
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    prefix: str | None = None
+
+    def with_weights(self, new: Mapping[str, Weight]) -> "Block":
+        """The block with other weights in some slots."""
+        return replace(self, weights={**self.weights, **new})
 
 
-Step = Callable[[Block], dict[str, Weight]]
-"""Takes a block and gives new weights for some of its slots."""
+Step = Callable[[Block], Block]
+"""Takes a block and gives what it becomes."""
 
 
 def each_linear(methods: Mapping[str, Method]) -> Step:
@@ -47,14 +58,14 @@ def each_linear(methods: Mapping[str, Method]) -> Step:
         methods: by full slot name; slots of the block that are absent stay as they are.
     """
 
-    def step(block: Block) -> dict[str, Weight]:
+    def step(block: Block) -> Block:
         found: dict[str, Weight] = {}
         for name, slot in block.slots.items():
             method = methods.get(name)
             if method is not None:
                 stat = None if method.stat is None else block.stats[slot.reads][method.stat]
                 found[name] = apply_method(method, block.weights[name], stat, block.original[name], name)
-        return found
+        return block.with_weights(found)
 
     return step
 
@@ -62,13 +73,14 @@ def each_linear(methods: Mapping[str, Method]) -> Step:
 def each_block(method: BlockMethod) -> Step:
     """Lift a method on whole blocks; what lies outside the blocks stays as it is."""
 
-    def step(block: Block) -> dict[str, Weight]:
+    def step(block: Block) -> Block:
         if block.passage is None:
-            return {}
+            return block
         try:
-            return method.compress(BlockWeights(block.slots, block.original, block.weights), block.passage)
+            new = method.compress(BlockWeights(block.slots, block.original, block.weights), block.passage)
         except ValueError as error:
             raise ValueError(f"{block.label}: {error}") from error
+        return block.with_weights(new)
 
     return step
 
@@ -76,14 +88,10 @@ def each_block(method: BlockMethod) -> Step:
 def chain(*steps: Step) -> Step:
     """Run steps one after another on the same block, each seeing what the ones before it made."""
 
-    def step(block: Block) -> dict[str, Weight]:
-        weights = dict(block.weights)
-        changed: dict[str, Weight] = {}
+    def step(block: Block) -> Block:
         for each in steps:
-            new = each(replace(block, weights=dict(weights)))
-            weights.update(new)
-            changed.update(new)
-        return changed
+            block = each(block)
+        return block
 
     return step
 

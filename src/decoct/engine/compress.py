@@ -13,52 +13,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decoct.engine.budget import Budget, peak_resident_bytes
+from decoct.engine.budget import Budget
 from decoct.engine.data import Data, load_tokens, tokens_digest
-from decoct.engine.journal import JOURNAL, Journal, exclusive, recorded_dtype
-from decoct.engine.plan import Plan, StepRules, check_stages, make_plan
+from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
+from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
+from decoct.engine.plan import Plan
+from decoct.engine.stages import ModelStage, RecipePlan, Stage, plan_stages
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
-from decoct.engine.tune import Tuning, plan_tuning, run_tuning
+from decoct.engine.summary import Result, read_result, write_summary
+from decoct.engine.tune import CHECKPOINT, Tuning, run_tuning
 from decoct.engine.write import finish_folder
-from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model, open_model
-from decoct.store import MANIFEST, RUN_SUMMARY, FolderSource, open_safetensors, read_json, save_safetensors, write_json
+from decoct.store import MANIFEST, FolderSource, open_safetensors, read_json, save_safetensors
 from decoct.version import __version__
-
-RUN_FOLDER = ".run"
-"""Inside the output folder while a run is unfinished: journal, shards, activations."""
-
-DONE_FOLDER = ".run-done"
-"""What the run folder is called while it is being removed."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksStage:
-    """A streamed pass over the blocks.
-
-    Attributes:
-        steps: rules or a block method each; all steps run on a block while it is in memory.
-        description: the stage as the recipe spells it.
-    """
-
-    steps: tuple[StepRules, ...]
-    description: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStage:
-    """A method on the whole model.
-
-    Attributes:
-        method: what to do.
-        description: the stage as the recipe spells it.
-    """
-
-    method: E2EQP
-    description: dict[str, Any]
-
-
-Stage = BlocksStage | ModelStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,35 +56,12 @@ class Watch:
     Attributes:
         message: told one line at a time.
         planned: told each stage's plan before it runs.
-        event: told of every finished part.
+        event: told of every finished part, and of every step of a stage that tunes the whole model.
     """
 
     message: Callable[[str], None] = field(default=lambda _: None)
     planned: Callable[[Plan], None] = field(default=lambda _: None)
     event: OnEvent = field(default=lambda _: None)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a run made.
-
-    Attributes:
-        folder: the checkpoint.
-        nbytes: bytes of its tensors.
-        bits_per_weight: everything counted.
-        seconds: of this process; a resumed run counts from the resumption.
-        peak_bytes: most memory that the process held.
-        errors: relative squared error of each part that was compressed, by part, of the last stage.
-        starved: slots that no calibration token reached; they were compressed without data.
-    """
-
-    folder: Path
-    nbytes: int
-    bits_per_weight: float
-    seconds: float
-    peak_bytes: int
-    errors: dict[str, float]
-    starved: tuple[str, ...]
 
 
 def compress_job(job: Job, watch: Watch) -> Result:
@@ -132,56 +76,39 @@ def compress_job(job: Job, watch: Watch) -> Result:
         shutil.rmtree(done)  # all that was left to do
         return read_result(job.out)
     _check_output(job, run)
-    plan = _plan(job, 0, job.model, run)
-    if len(job.stages) > 1:
-        check_stages(job.model, [stage.steps for stage in job.stages if isinstance(stage, BlocksStage)])
+    plan = _plan(job)
     with exclusive(run):
         if job.fresh:
             _discard(job.out, run)
         _check_source(job.model, thorough=plan.needs_data)
-        events: list[Event] = []
+        tokens = _tokens(job, run, watch) if plan.needs_data else None
+        events: list[list[Event]] = []
         model = job.model
-        tokens: Tensor | None = None
-        for number, stage in enumerate(job.stages):
-            last = number == len(job.stages) - 1
-            if number > 0:
-                plan = _plan(job, number, model, run)
-            watch.planned(plan)
-            if plan.needs_data and tokens is None:
-                tokens = _tokens(job, run, watch)
-            staged = run / f"stage-{number}"
-            folder = job.out if last else run / f"result-{number}"
-            events.clear()
-            used = tokens if plan.needs_data else None
-            entry = _run_stage(job, stage, plan, model, used, (staged, folder), watch, events)
+        for number, planned in enumerate(plan.stages):
+            watch.planned(planned)
+            events.append([])
+            entry = _run_stage(job, number, planned, model, tokens, watch, events[-1])
+            staged, folder = stage_folder(job.out, number), result_folder(job.out, number, len(job.stages))
             finish_folder(model, staged, folder, _shards(staged), entry)
             model = open_model(folder)
-        _write_summary(job, events, started)
+        write_summary(job.out, [planned.kind for planned in plan.stages], events, started)
     run.replace(done)  # at once: a run folder that is half removed would look like an unfinished run
     shutil.rmtree(done)
-    return Result(
-        folder=job.out,
-        nbytes=model.nbytes,
-        bits_per_weight=model.bits_per_weight,
-        seconds=time.perf_counter() - started,
-        peak_bytes=peak_resident_bytes(),
-        errors={event.part: event.error for event in events if event.error is not None},
-        starved=tuple(name for event in events for name in event.starved),
-    )
+    return read_result(job.out)
 
 
 def _run_stage(
     job: Job,
-    stage: Stage,
+    number: int,
     plan: Plan,
     model: Model,
     tokens: Int[Tensor, "sequences length"] | None,
-    places: tuple[Path, Path],
     watch: Watch,
     events: list[Event],
 ) -> dict[str, Any]:
-    """Stream one stage into the first of `places` (the second: where it will go); gives its entry in the lineage."""
-    staged, folder = places
+    """Run one stage on what the one before it made, `model`; gives its entry in the lineage."""
+    stage, staged = job.stages[number], stage_folder(job.out, number)
+    tokens = tokens if plan.needs_data else None
     entry: dict[str, Any] = {
         "decoct": __version__,
         "source": {"label": Path(model.source.label).name, "fingerprint": _short(model.source.fingerprint())},
@@ -195,12 +122,16 @@ def _run_stage(
         events.append(event)
         watch.event(event)
 
-    journal = Journal(staged, entry, folder)
+    if isinstance(stage, ModelStage) and begun_otherwise(staged, entry, ("stage", "data")):
+        watch.message(f"{plan.kind} starts again with the new settings; the stages before it are kept")
+        (staged / CHECKPOINT).unlink(missing_ok=True)  # first of all: without a journal it would seem to fit any run
+        shutil.rmtree(staged)
+    journal = Journal(staged, entry, result_folder(job.out, number, len(job.stages)))
     if isinstance(stage, ModelStage):
         assert tokens is not None
         run_tuning(Tuning(stage.method, model, job.model, tokens, plan.dtype, staged, journal, note))
         return entry
-    scratch = staged if job.budget.scratch is None else job.budget.scratch / _short(str(job.out.absolute()))
+    scratch = scratch_folder(job.out, number, job.budget.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     todo = Pass(
         model=model,
@@ -214,6 +145,8 @@ def _run_stage(
         on_event=note,
     )
     run_pass(todo)
+    for path in scratch.glob("*.bin"):
+        path.unlink()
     if scratch != staged:
         shutil.rmtree(scratch)
     return entry
@@ -228,24 +161,13 @@ def _text_name(data: Data) -> str:
     return Path(data.source).name if Path(data.source).exists() else data.source
 
 
-def _plan(job: Job, number: int, model: Model, run: Path) -> Plan:
-    """Plan a stage. A resumed one computes in what it began with: measuring again might choose otherwise."""
-    journal = run / f"stage-{number}" / JOURNAL
-    dtype = None if job.fresh else recorded_dtype(journal)
-    return plan_stage(model, job.stages[number], job.data, job.budget, job.out, dtype)
-
-
-def plan_stage(
-    model: Model, stage: Stage, data: Data, budget: Budget, out: Path | None, dtype: torch.dtype | None = None
-) -> Plan:
-    """What a stage will do and take; see `make_plan` and `plan_tuning`.
-
-    Raises:
-        ValueError: anything that would stop it later.
-    """
-    if isinstance(stage, ModelStage):
-        return plan_tuning(model, stage.method, data, budget, out, dtype)
-    return make_plan(model, stage.steps, data, budget, out, dtype)
+def _plan(job: Job) -> RecipePlan:
+    """Plan all stages. A resumed one computes in what it began with: measuring again might choose otherwise."""
+    dtypes = {}
+    for number in range(0 if job.fresh else len(job.stages)):
+        dtype = recorded_dtype(stage_folder(job.out, number) / JOURNAL)
+        dtypes.update({} if dtype is None else {number: dtype})
+    return plan_stages(job.model, job.stages, job.data, job.budget, job.out, fresh=job.fresh, dtypes=dtypes)
 
 
 def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:
@@ -314,29 +236,8 @@ def _shards(staged: Path) -> dict[str, str]:
     return dict(sorted((entry["shard"], entry["sha256"]) for entry in entries))
 
 
-def _write_summary(job: Job, events: list[Event], started: float) -> None:
-    """Times and memory, apart from the checkpoint's own files: those are the same bits however often it was resumed."""
-    lines = [
-        {
-            "part": e.part,
-            "error": e.error,
-            "seconds": round(e.seconds, 3),
-            "nbytes": e.nbytes,
-            "starved": list(e.starved),
-        }
-        for e in events
-    ]
-    summary = {"seconds": round(time.perf_counter() - started, 1), "peak_bytes": peak_resident_bytes(), "parts": lines}
-    write_json(job.out / "decoct-run.json", summary)
-
-
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """decoct-run.json of a finished checkpoint: seconds, peak memory, each part's error."""
-    return dict(read_json(folder / RUN_SUMMARY))
 
 
 def is_result_of(folder: Path, job: Job) -> bool:
@@ -350,21 +251,3 @@ def is_result_of(folder: Path, job: Job) -> bool:
     read = [{k: v for k, v in entry["data"].items() if k != "tokens"} for entry in made if entry["data"]]
     same_model = made[0]["source"]["fingerprint"] == _short(job.model.source.fingerprint())
     return same_model and all(each == data for each in read)
-
-
-def read_result(folder: Path) -> Result:
-    """The result of a run that is over.
-
-    Raises:
-        ValueError: the folder is no finished result.
-    """
-    summary, model = read_summary(folder), open_model(folder)
-    return Result(
-        folder=folder,
-        nbytes=model.nbytes,
-        bits_per_weight=model.bits_per_weight,
-        seconds=summary["seconds"],
-        peak_bytes=summary["peak_bytes"],
-        errors={part["part"]: part["error"] for part in summary["parts"] if part["error"] is not None},
-        starved=tuple(name for part in summary["parts"] for name in part["starved"]),
-    )

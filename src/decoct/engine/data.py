@@ -77,6 +77,16 @@ def check_length(data: Data, model: Model) -> None:
         )
 
 
+def check_source(data: Data) -> None:
+    """Refuse a text that is meant to be a file and is not there; whether the hub has a dataset shows when it is read.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if data.source != SELF and not Path(data.source).expanduser().is_file():
+        _refuse_missing_file(data.source)
+
+
 def text_tokens(source: str, model: Model, at_most: int | None = None) -> Int[Tensor, " tokens"]:
     """Tokens of a text file or hub dataset, from its start, without special tokens.
 
@@ -113,9 +123,15 @@ def read_text(source: str, at_most: int | None = None) -> str:
                 return handle.read(at_most if at_most is not None else -1)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason})") from None
+    _refuse_missing_file(source)
+    return _dataset_text(source, at_most)
+
+
+def _refuse_missing_file(source: str) -> None:
+    """What looks like a file's path is no hub dataset."""
+    path = Path(source).expanduser()
     if path.suffix or source.startswith((".", "/", "~")):
         raise ValueError(f"{path} does not exist; give a text file, a hub dataset, or self")
-    return _dataset_text(source, at_most)
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -180,6 +196,11 @@ def self_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
     tokens = torch.cat(batches)
     save_safetensors(path, {"tokens": tokens})
     return tokens
+
+
+def writing_bytes(data: Data, model: Model) -> int:
+    """Memory that the whole model takes while it writes its calibration text; 0 if the text comes from elsewhere."""
+    return int(1.2 * model.num_parameters * model.dtype.itemsize) if data.source == SELF else 0
 
 
 def _self_key(data: Data, model: Model) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,13 @@ def recorded_dtype(path: Path) -> torch.dtype | None:
     lines = _whole_lines(path)
     name = lines[0]["identity"].get("compute_dtype") if lines else None
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(str(name))
+
+
+def begun_otherwise(folder: Path, identity: dict[str, Any], keys: Iterable[str]) -> bool:
+    """Whether a stage's folder holds a run that differs in one of these keys and has not finished any part."""
+    lines = _whole_lines(folder / JOURNAL)
+    before = lines[0].get("identity", {}) if len(lines) == 1 else identity
+    return any(before.get(key) != identity.get(key) for key in keys)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Calibration through one block, for methods that run it: inputs as compressed, targets as they were."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -9,16 +9,6 @@ from torch import Tensor
 
 from decoct.engine.activations import Activations
 from decoct.engine.runner import Runner
-
-
-def advance_reference(
-    runner: Runner, block: int, laid: Mapping[str, Tensor], reference: Activations, batches: Iterable[tuple[int, int]]
-) -> None:
-    """Run a block as it was on what the model as it was feeds into it: its outputs, and the next block's inputs."""
-    reference.begin()
-    for start, stop in batches:
-        reference.write(start, runner.run(block, laid, reference.read(start, stop)))
-    reference.commit(block + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +19,11 @@ class BlockPassage:
     block: int
     states: Activations
     reference: Activations
+    vectors: Mapping[str, Tensor]
+
+    def with_vectors(self, vectors: Mapping[str, Tensor]) -> "BlockPassage":
+        """The same with other norms and biases."""
+        return replace(self, vectors=vectors)
 
     @property
     def num_sequences(self) -> int:
@@ -52,4 +47,4 @@ class BlockPassage:
         self, matrices: Mapping[str, Float[Tensor, "out in"]], x: Float[Tensor, "batch seq hidden"]
     ) -> Float[Tensor, "batch seq hidden"]:
         """The block's output."""
-        return self.runner.run(self.block, self.runner.lay_out_matrices(self.block, matrices), x)
+        return self.runner.run(self.block, self.runner.lay_out_matrices(self.block, matrices, self.vectors), x)

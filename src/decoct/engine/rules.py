@@ -6,8 +6,9 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from decoct.arch import Slot
-from decoct.methods import LinearCorrection, LinearMethod
+from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, LinearMethod
 from decoct.model import Model
+from decoct.stats import PairedGram
 
 Method = LinearMethod | LinearCorrection
 
@@ -39,6 +40,17 @@ class Assignment:
 
     methods: dict[str, Method] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+
+
+Resolved = Assignment | BlockMethod | EdgeScaling
+"""A step, resolved against a model."""
+
+
+def is_paired(step: Resolved) -> bool:
+    """Whether a step compares with the model as it was: a second chain of activations must run beside the first."""
+    if isinstance(step, Assignment):
+        return any(method.stat is PairedGram for method in step.methods.values())
+    return isinstance(step, BlockMethod)
 
 
 def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:

@@ -41,23 +41,42 @@ class Runner:
         most = max(1, _TOKENS_AT_ONCE // length)
         return max(n for n in range(1, min(most, num_sequences) + 1) if num_sequences % n == 0)
 
-    def embed(self, tokens: Int[Tensor, "batch seq"], embedding: Tensor) -> Float[Tensor, "batch seq hidden"]:
-        """What enters the first block. `embedding`: the unpacked table, in `dtype`."""
-        name = self.model.family.module_name(self.model.family.embed)
-        return self.skeleton.embed(tokens, {**self._rest, name: embedding})
+    def embed(
+        self, tokens: Int[Tensor, "batch seq"], embedding: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """What enters the first block.
 
-    def lay_out(self, block: int, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+        Args:
+            tokens: to look up.
+            embedding: the unpacked table, in `dtype`; gradients flow back to it.
+            others: tensors outside the blocks that replace the checkpoint's, in `dtype`, by checkpoint name.
+        """
+        return self.skeleton.embed(tokens, self._outside(self.model.family.embed, embedding, others))
+
+    def lay_out(
+        self, block: int, weights: Mapping[str, Weight], vectors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """A block's parameters as transformers' module wants them, unpacked.
+
+        Args:
+            block: its number.
+            weights: of its slots.
+            vectors: its norms, biases and the like; None: as the checkpoint has them.
 
         Raises:
             ValueError: the checkpoint lacks one.
         """
-        return self.lay_out_matrices(block, {name: weight.unpack(self.dtype) for name, weight in weights.items()})
+        return self.lay_out_matrices(
+            block, {name: weight.unpack(self.dtype) for name, weight in weights.items()}, vectors
+        )
 
-    def lay_out_matrices(self, block: int, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def lay_out_matrices(
+        self, block: int, matrices: Mapping[str, Tensor], vectors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The same from matrices [out, in] in `dtype`; gradients flow back to them."""
-        others = {name: self.model.tensor(name).to(self.dtype) for name in self.model.others(block)}
-        return self.lay_out_given(block, {**matrices, **others})
+        if vectors is None:
+            vectors = {name: self.model.tensor(name) for name in self.model.others(block)}
+        return self.lay_out_given(block, {**matrices, **{name: v.to(self.dtype) for name, v in vectors.items()}})
 
     def lay_out_given(self, block: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same from all of a block's tensors, in `dtype`, by full checkpoint name."""
@@ -77,10 +96,17 @@ class Runner:
             self._calls[shape] = self.skeleton.block_calls(shape, self.dtype, self._rest)
         return self.skeleton.run_block(block, tensors, hidden, self._calls[shape][block])
 
-    def logits(self, hidden: Float[Tensor, "batch seq hidden"], head: Tensor) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of the last block's output. `head`: the unpacked projection [vocab, hidden], in `dtype`."""
-        name = self.model.family.module_name(self.model.family.head)
-        return self.skeleton.head(hidden, {**self._rest, name: head})
+    def logits(
+        self, hidden: Float[Tensor, "batch seq hidden"], head: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the last block's output.
+
+        Args:
+            hidden: that output.
+            head: the unpacked projection [vocab, hidden], in `dtype`; gradients flow back to it.
+            others: as for `embed`.
+        """
+        return self.skeleton.head(hidden, self._outside(self.model.family.head, head, others))
 
     def edge_widths(self) -> dict[str, int]:
         """Features of each edge of a block."""
@@ -90,6 +116,11 @@ class Runner:
     def reader_paths(self) -> dict[str, str]:
         """Submodule whose input is each slot's input, by slot name."""
         return {slot.name: self._path(slot) for slot in self.model.block_slots}
+
+    def _outside(self, name: str, matrix: Tensor, others: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """What lies outside the blocks, by module name, with a matrix among it."""
+        given = {**(others or {}), name: matrix}
+        return {**self._rest, **{self.model.family.module_name(key): tensor for key, tensor in given.items()}}
 
     def _path(self, slot: Slot) -> str:
         if slot.param is not None:

@@ -1,8 +1,8 @@
 """One pass over a model: load a block, gather statistics, compress, run on, save, note it in the journal, go on."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor
 from decoct.arch import Edge
 from decoct.engine.activations import Activations
 from decoct.engine.block import Block, Step, chain, each_block, each_linear
+from decoct.engine.folding import each_edge, folds
 from decoct.engine.journal import Journal
-from decoct.engine.passage import BlockPassage, advance_reference
+from decoct.engine.passage import BlockPassage
 from decoct.engine.record import Gathered, Wanted, record
-from decoct.engine.rules import Assignment
+from decoct.engine.rules import Assignment, Resolved, is_paired
 from decoct.engine.runner import Runner
 from decoct.engine.write import shard_name, write_shard
-from decoct.methods import BlockMethod, Passage
+from decoct.methods import BlockMethod, EdgeScaling
 from decoct.model import Model
 from decoct.weights import Weight
 
@@ -30,17 +31,18 @@ _SAMPLED_ROWS = 128  # rows of each matrix compared when there is no data to run
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A finished part, for whoever shows progress.
+    """A finished part, or a finished step of tuning, for whoever shows progress.
 
     Attributes:
-        part: "embedding", "block 3", "lm_head".
-        done: parts finished, this one included.
-        total: parts in all.
+        part: "embedding", "block 3", "lm_head"; "step 5".
+        done: parts, or steps, finished, this one included.
+        total: parts, or steps, in all.
         error: relative squared error of the block's contribution to the residual stream, or of its weights when no
             data ran; None if nothing was compressed.
-        seconds: what it took; 0 for a part restored from an earlier run.
+        seconds: what it took; 0 for what was restored from an earlier run.
         nbytes: bytes written.
         starved: slots that no calibration token reached.
+        loss: of a step: divergence from the model that is imitated, before it; None for a part.
     """
 
     part: str
@@ -50,6 +52,7 @@ class Event:
     seconds: float
     nbytes: int
     starved: tuple[str, ...] = ()
+    loss: float | None = None
 
 
 OnEvent = Callable[[Event], None]
@@ -72,7 +75,7 @@ class Pass:
     """
 
     model: Model
-    steps: tuple[Assignment | BlockMethod, ...]
+    steps: tuple[Resolved, ...]
     tokens: Int[Tensor, "sequences length"] | None
     dtype: torch.dtype
     in_memory: bool
@@ -107,16 +110,21 @@ class _Streamer:
     def __init__(self, todo: Pass) -> None:
         self._todo = todo
         self._model = todo.model
-        self._steps: tuple[Step, ...] = tuple(
-            each_block(step) if isinstance(step, BlockMethod) else each_linear(step.methods) for step in todo.steps
-        )
+        self._steps: tuple[Step, ...] = tuple(self._lifted(step) for step in todo.steps)
         self._runner: Runner | None = None if todo.tokens is None else Runner(todo.model, todo.dtype)
         # Two chains of hidden states: of the model as it becomes and, if a step compares with it, as it was.
-        self._paired = any(isinstance(step, BlockMethod) for step in todo.steps)
+        self._paired = any(is_paired(step) for step in todo.steps)
         self._states: Activations | None = None
         self._reference: Activations | None = None
         self._ready: int | None = None  # the block whose inputs the states hold
         self._last_needed = self._last_block_with_data()
+
+    def _lifted(self, step: Resolved) -> Step:
+        if isinstance(step, BlockMethod):
+            return each_block(step)
+        if isinstance(step, EdgeScaling):
+            return each_edge(step, folds(self._model))
+        return each_linear(step.methods)
 
     def parts(self) -> Iterator[tuple[str, Callable[[int, int], dict[str, Any]]]]:
         """Embedding, blocks, then lm_head with what else lies outside the blocks."""
@@ -129,7 +137,8 @@ class _Streamer:
         self._model.prefetch(0)
         name = self._model.family.embed
         slots = {name: self._model.end_slots[0]}
-        original, new = self._compress("embedding", slots, {}, ())
+        original = {name: self._model.weight(name)}
+        new = self._compress(Block("embedding", slots, original, original)).weights
         if self._todo.tokens is not None:
             self._states = self._embed_all(new[name].unpack(self._todo.dtype), "activations")
             if self._paired:
@@ -156,22 +165,22 @@ class _Streamer:
         model.prefetch(block + 1)
         label = f"block {block}"
         if self._runner is None or block > self._last_needed:
-            original, new = self._compress(label, slots, {}, (), original)
-            return self._save(label, number, total, original, new, others, None)
+            made = self._compress(Block(label, slots, original, original, vectors=others, prefix=model.prefix(block)))
+            return self._save(label, number, total, original, made.weights, made.vectors, None)
         states = self._states_for(block)
         laid = self._runner.lay_out(block, original)
         stats, references = self._gather(block, laid, states)
         passage = None
         if self._reference is not None:
-            advance_reference(self._runner, block, laid, self._reference, self._batches())
-            passage = BlockPassage(self._runner, block, states, self._reference)
+            passage = BlockPassage(self._runner, block, states, self._reference, others)
         del laid  # the steps need the room
         starved = self._fill_starved(stats, slots)
-        original, new = self._compress(label, slots, stats, starved, original, passage)
-        del stats
-        laid = self._runner.lay_out(block, new)
+        given = Block(label, slots, original, original, stats, starved, passage, others, model.prefix(block))
+        made = self._compress(given)
+        del stats, given
+        laid = self._runner.lay_out(block, made.weights, made.vectors)
         error = self._advance(block, laid, states, references)
-        return self._save(label, number, total, original, new, others, error, starved)
+        return self._save(label, number, total, original, made.weights, made.vectors, error, starved)
 
     def _head(self, number: int, total: int) -> dict[str, Any]:
         model = self._model
@@ -182,42 +191,45 @@ class _Streamer:
         original = {name: model.weight(name) for name in slots}
         if wanted:
             stats = self._gather_head(wanted, original)
-        original, new = self._compress("lm_head", slots, stats, (), original)
+        new = self._compress(Block("lm_head", slots, original, original, stats)).weights
         return self._save("lm_head", number, total, original, new, others, None)
 
-    def _compress(
-        self,
-        label: str,
-        slots: dict[str, Any],
-        stats: Gathered,
-        starved: tuple[str, ...],
-        original: dict[str, Weight] | None = None,
-        passage: Passage | None = None,
-    ) -> tuple[dict[str, Weight], dict[str, Weight]]:
-        """Run the steps; gives the weights before and after."""
-        before = original if original is not None else {name: self._model.weight(name) for name in slots}
-        block = Block(label, slots, before, before, stats, starved, passage)
-        return before, {**before, **chain(*self._steps)(block)}
+    def _compress(self, block: Block) -> Block:
+        """Run the steps, and let go of what only they need."""
+        made = chain(*self._steps)(block)
+        return replace(made, stats={}, passage=None)
 
     def _gather(
         self, block: int, laid: dict[str, Tensor], states: Activations
     ) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
-        """Run the block as it is: statistics of its inputs, and some outputs to compare with later."""
+        """Run the block as it is: statistics of its inputs, and some outputs to compare with later.
+
+        The second chain, of the model as it was, takes the same step: its outputs are the next block's inputs there.
+        """
         runner = self._runner
         assert runner is not None
         slots = {self._model.prefix(block) + slot.name: slot for slot in self._model.block_slots}
         wanted = self._wanted(slots)
         references: list[tuple[Tensor, Tensor]] = []
         module = runner.skeleton.blocks[block]
-        with record(module, runner.edges, wanted, runner.edge_widths(), runner.reader_paths()) as gathered:
+        reference = self._reference
+        if reference is not None:
+            reference.begin()
+        with record(module, runner.edges, wanted, runner.edge_widths(), runner.reader_paths()) as recorder:
             for start, stop in self._batches():
-                if not wanted and len(references) * (stop - start) >= _COMPARED:
-                    break
+                if reference is not None:
+                    with recorder.uncompressed():
+                        reference.write(start, runner.run(block, laid, reference.read(start, stop)))
+                enough = len(references) * (stop - start) >= _COMPARED
+                if enough and not wanted:
+                    continue
                 x = states.read(start, stop)
                 y = runner.run(block, laid, x)
-                if len(references) * (stop - start) < _COMPARED:
+                if not enough:
                     references.append((y, (y.float() - x.float()).square().sum()))
-        return gathered, references
+        if reference is not None:
+            reference.commit(block + 1)
+        return recorder.stats, references
 
     def _advance(
         self, block: int, laid: dict[str, Tensor], states: Activations, references: list[tuple[Tensor, Tensor]]
@@ -254,15 +266,20 @@ class _Streamer:
             for start, stop in self._batches():
                 for hidden in states.read(start, stop):  # one sequence at a time: logits are large
                     runner.logits(hidden.unsqueeze(0), head)
-        return found
+        return found.stats
 
     def _wanted(self, slots: dict[str, Any]) -> dict[str, frozenset[type[Any]]]:
         kinds: dict[str, set[type[Any]]] = {}
-        for assignment in self._todo.steps:
-            if isinstance(assignment, BlockMethod):
+        for step in self._todo.steps:
+            if isinstance(step, EdgeScaling):
+                inside = {slot.name for slot in slots.values()}
+                for each in folds(self._model):
+                    if inside.issuperset(each.readers):
+                        kinds.setdefault(each.edge, set()).add(step.stat)
+            if not isinstance(step, Assignment):
                 continue
             for name, slot in slots.items():
-                method = assignment.methods.get(name)
+                method = step.methods.get(name)
                 if method is not None and method.stat is not None:
                     kinds.setdefault(slot.reads, set()).add(method.stat)
         return {edge: frozenset(found) for edge, found in kinds.items()}
@@ -281,9 +298,9 @@ class _Streamer:
         part: str,
         number: int,
         total: int,
-        original: dict[str, Weight],
-        new: dict[str, Weight],
-        others: dict[str, Tensor],
+        original: Mapping[str, Weight],
+        new: Mapping[str, Weight],
+        others: Mapping[str, Tensor],
         error: float | None,
         starved: tuple[str, ...] = (),
     ) -> dict[str, Any]:

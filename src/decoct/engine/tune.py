@@ -1,34 +1,31 @@
-"""End-to-end tuning of a compressed model's real numbers: the loop, its memory, its checkpoints."""
+"""End-to-end tuning of a compressed model's real numbers: the loop, the gradient block by block, checkpoints."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from decoct.engine.budget import Budget, compute_dtype, product_rate, resident_bytes
-from decoct.engine.data import Data, check_length
 from decoct.engine.journal import Journal
-from decoct.engine.plan import FIXED, MARGIN, Group, Plan, check_disk, too_large
 from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
 from decoct.engine.write import shard_name, write_shard
-from decoct.methods.quantize.e2e_qp import E2EQP, divergence, unit
-from decoct.model import Model
+from decoct.methods.quantize.e2e_qp import E2EQP, RelativeAdam, divergence
+from decoct.model import PART, Model
 from decoct.store import open_safetensors, save_safetensors
 from decoct.weights import Weight, pull_back, trainable
 
-_STATE = "tuning.safetensors"
+CHECKPOINT = "tuning.safetensors"
+"""The unfinished tuning's state in a stage's folder."""
+
+LOGITS_AT_ONCE = 1 << 25
+"""Entries of the logits that are held in float32 at a time."""
+
 _SAVE_SECONDS = 60.0  # least time between two checkpoints
-_LOGITS_AT_ONCE = 1 << 25  # entries of the logits that are held in float32 at a time
-_BETAS, _EPS = (0.9, 0.95), 1e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class Tuning:
         dtype: what blocks run in.
         folder: where shards and checkpoints go.
         journal: what is done already.
-        on_event: told of every step.
+        on_event: told of every step, then of every part that is written.
     """
 
     method: E2EQP
@@ -56,178 +53,193 @@ class Tuning:
     on_event: OnEvent
 
 
-def plan_tuning(
-    model: Model, method: E2EQP, data: Data, budget: Budget, out: Path | None, dtype: torch.dtype | None = None
-) -> Plan:
-    """Predict what tuning takes.
-
-    Raises:
-        ValueError: nothing to tune, a calibration that is too long for the model, or too little memory or disk.
-    """
-    if not model.described:
-        raise ValueError(f"{model.source.label} has no compressed weights; put e2e_qp after a stage that compresses")
-    check_length(data, model)
-    dtype = dtype or compute_dtype(model.dtype)
-    dense = model.num_parameters * dtype.itemsize
-    moved = sum(_real_entries(model, name) for name in model.slots())
-    hidden = model.shape(model.family.embed)[1]
-    batch = method.batch_size * data.sequence_length
-    widths = sum(sum(model.shape(model.prefix(0) + slot.name)) for slot in model.block_slots)
-    graph = batch * (model.num_blocks * hidden + 4 * widths) * dtype.itemsize
-    logits = 5 * 4 * min(_LOGITS_AT_ONCE, batch * model.shape(model.family.embed)[0])
-    working = 3 * dense + model.nbytes + 20 * moved + graph + logits
-    limit = budget.host_limit()
-    peak = int(MARGIN * (resident_bytes() + FIXED + working))
-    if peak > limit:
-        raise ValueError(too_large(model, peak, limit, working))
-    if out is not None:
-        check_disk(out, model.nbytes, budget.scratch, 12 * moved)
-    entries = sum(prod(model.shape(name)) for name in model.slots())
-    operations = 10.0 * entries * batch * method.num_steps
-    names = [name for name in model.slots() if name in model.described]
-    return Plan(
-        steps=(),
-        groups=(Group("every compressed role", len(names), sum(prod(model.shape(n)) for n in names), (method,)),),
-        num_parameters=model.num_parameters,
-        needs_data=True,
-        dtype=dtype,
-        in_memory=True,
-        peak_bytes=peak,
-        limit_bytes=limit,
-        output_bytes=model.nbytes,
-        scratch_bytes=12 * moved,
-        seconds=operations / (0.5 * product_rate(dtype)),
-    )
-
-
 def run_tuning(todo: Tuning) -> None:
     """Tune, or go on where an earlier process stopped, and write the result's shards.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the loss or a gradient is not finite.
     """
-    if all(todo.journal.finished(part) for part in _parts(todo.model)):
-        return
-    _Tuner(todo).run()
+    contents = list(_contents(todo.model))
+    tuner = None if all(todo.journal.finished(part) for part, _, _ in contents) else Tuner(todo)
+    losses = _losses(todo.folder / CHECKPOINT)
+    for step, loss in enumerate(losses):
+        todo.on_event(_step_event(todo, step, loss, 0.0))
+    if tuner is not None:
+        tuner.run(losses)
+    for number, (part, slots, others) in enumerate(contents):
+        started = time.perf_counter()
+        if todo.journal.finished(part) is None:
+            assert tuner is not None
+            tuner.write(part, number, slots, others)
+        line = todo.journal.parts[part]
+        seconds = time.perf_counter() - started
+        todo.on_event(Event(part, number + 1, len(contents), None, seconds, line["nbytes"]))
 
 
-class _Tuner:
-    """The model unpacked, what is learned about it, and the position."""
+class Tuner:
+    """The compressed model, what is learned about it, and the model whose predictions are wanted."""
 
     def __init__(self, todo: Tuning) -> None:
         self._todo = todo
         model = todo.model
-        self._runner, self._teacher = Runner(model, todo.dtype), Runner(todo.teacher, todo.dtype)
-        self._weights: dict[str, Weight] = {name: model.weight(name) for name in model.slots()}
-        self._vectors = {n: model.tensor(n) for b in range(model.num_blocks) for n in model.others(b)}
-        self._teacher_blocks = [_laid(self._teacher, block) for block in range(model.num_blocks)]
+        self._runner, self._teacher = Runner(model, todo.dtype), _Teacher(todo.teacher, todo.dtype)
+        self._weights = {name: model.weight(name) for name in model.slots()}
+        parts = (*range(model.num_blocks), None)
+        self._others = {name: model.tensor(name) for block in parts for name in model.others(block)}
         first = {
-            f"{name}/{part}": tensor
+            f"{name}{PART}{part}": tensor
             for name, weight in self._weights.items()
-            if name in model.described and name != model.family.embed
+            if name in model.described
             for part, tensor in trainable(weight).items()
         }
         if todo.method.norms:
-            first.update({name: tensor for name, tensor in self._vectors.items() if tensor.is_floating_point()})
-        self._first = first
-        self._units = {name: unit(tensor) for name, tensor in first.items()}
-        self._moved = {name: torch.zeros_like(u) for name, u in self._units.items()}
-        self._moments = tuple({name: torch.zeros_like(u) for name, u in self._units.items()} for _ in range(2))
+            first.update({name: self._others[name] for name in vectors(model)})
+        self.adam = RelativeAdam(first)
+
+    def run(self, losses: list[float]) -> None:
+        """Do the steps that are left after those with these losses."""
+        todo = self._todo
+        self._restore(len(losses))
+        losses, saved = [*losses], time.perf_counter()
+        for step in range(len(losses), todo.method.num_steps):
+            begun = time.perf_counter()
+            loss, gradients = self.gradients(todo.tokens[self._batch(step)])
+            if not loss < float("inf"):
+                raise ValueError("the tuned model's loss is not finite; lower e2e_qp.learning_rate")
+            self.adam.step(gradients, step, todo.method.rate(step))
+            losses.append(loss)
+            if step + 1 == todo.method.num_steps or time.perf_counter() - saved > _SAVE_SECONDS:
+                self._save(losses)
+                saved = time.perf_counter()
+            todo.on_event(_step_event(todo, step, loss, time.perf_counter() - begun))
 
     @torch.no_grad()
-    def run(self) -> None:
-        todo = self._todo
-        start = self._restore()
-        saved = time.perf_counter()
-        for step in range(start, todo.method.num_steps):
-            begun = time.perf_counter()
-            loss = self._step(step)
-            last = step + 1 == todo.method.num_steps
-            if last or time.perf_counter() - saved > _SAVE_SECONDS:
-                self._save_state(step + 1)
-                saved = time.perf_counter()
-            seconds = time.perf_counter() - begun
-            todo.on_event(Event(f"step {step + 1}", step + 1, todo.method.num_steps, loss, seconds, 0))
-        self._write()
+    def gradients(self, tokens: Int[Tensor, "batch seq"]) -> tuple[float, dict[str, Tensor]]:
+        """Mean divergence from the teacher, and its gradient by every tensor that is tuned.
 
-    def _step(self, step: int) -> float:
-        """One step of Adam on one batch; gives the mean divergence before it."""
-        todo, runner = self._todo, self._runner
-        batch = todo.tokens[self._batch(step)]
-        matrices = {name: self._current(name).unpack(todo.dtype) for name in todo.model.slots()}
-        vectors = {name: self._value(name).to(todo.dtype) for name in self._vectors}
-        inside = [n for n in (*matrices, *vectors) if n.startswith(todo.model.family.blocks)]
-        leaves = {name: (matrices.get(name, vectors.get(name))) for name in inside}
-        tensors: dict[str, Tensor] = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-        for tensor in tensors.values():
-            tensor.requires_grad_(tensor.is_floating_point())
-        hidden = runner.embed(batch, matrices[todo.model.family.embed])
-        with torch.enable_grad():
-            for block in range(todo.model.num_blocks):
-                hidden = _checkpointed(runner, block, tensors, hidden)
-        head = todo.model.family.embed if todo.model.tied else todo.model.family.head
-        loss, gradient = self._loss(batch, hidden.detach(), matrices[head])
-        if not loss < float("inf"):
-            raise ValueError("the tuned model's loss is not finite; lower e2e_qp.learning_rate")
-        torch.autograd.backward([hidden], [gradient])
-        self._update(tensors, step)
-        return loss
+        Blocks are unpacked one at a time: forwards only what enters each is kept, backwards each is run again.
+        """
+        model, runner = self._todo.model, self._runner
+        found: dict[str, Tensor] = {}
+        hidden = runner.embed(tokens, self._matrix(model.family.embed), self._given(None))
+        entered = []
+        for block in range(model.num_blocks):
+            entered.append(hidden)
+            hidden = runner.run(block, runner.lay_out_given(block, self._given(block)), hidden)
+        loss, gradient = self._through_head(tokens, hidden, found)
+        for block in reversed(range(model.num_blocks)):
+            gradient = self._through_block(block, entered.pop(), gradient, found)
+        self._through_embedding(tokens, gradient, found)
+        return loss, found
 
-    def _loss(self, batch: Tensor, hidden: Tensor, head: Tensor) -> tuple[float, Tensor]:
-        """Mean divergence from the teacher, and its gradient by the last block's output, a few tokens at a time."""
-        family, teacher = self._todo.teacher.family, self._teacher
-        wanted = teacher.embed(batch, self._todo.teacher.weight(family.embed).unpack(self._todo.dtype))
-        for block, laid in enumerate(self._teacher_blocks):
-            wanted = teacher.run(block, laid, wanted)
-        their_head = family.embed if self._todo.teacher.tied else family.head
-        their_matrix = self._todo.teacher.weight(their_head).unpack(self._todo.dtype)
-        total, count = 0.0, batch.numel()
-        gradient = torch.empty_like(hidden)
-        at_once = max(1, _LOGITS_AT_ONCE // head.shape[0])
-        for row in range(batch.shape[0]):
-            for start in range(0, batch.shape[1], at_once):
+    def write(self, part: str, number: int, slots: list[str], others: list[str]) -> None:
+        """Save a part of the tuned model and note it in the journal."""
+        todo, model = self._todo, self._todo.model
+        transposed = {name for name, slot in model.slots().items() if slot.transposed}
+        shard = todo.folder / shard_name(number, model.num_blocks + 2)
+        vectors = {name: self.adam.value(name) if name in self.adam else self._others[name] for name in others}
+        nbytes = write_shard(shard, {name: self._current(name) for name in slots}, vectors, transposed)
+        todo.journal.finish(part, shard, error=None, nbytes=nbytes, starved=[])
+
+    def _through_head(
+        self, tokens: Int[Tensor, "batch seq"], hidden: Float[Tensor, "batch seq hidden"], found: dict[str, Tensor]
+    ) -> tuple[float, Float[Tensor, "batch seq hidden"]]:
+        """Mean divergence, and its gradient by the last block's output, a few tokens at a time: logits are large."""
+        name = _head(self._todo.model)
+        wanted = self._teacher.run(tokens)
+        given = self._given(None)
+        head = given[name] = self._matrix(name)
+        leaves = self._leaves(given)
+        sums = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
+        total, gradient = 0.0, torch.empty_like(hidden)
+        at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
+        others = {key: tensor for key, tensor in given.items() if key != name}
+        for row in range(hidden.shape[0]):
+            for start in range(0, hidden.shape[1], at_once):
                 part = (slice(row, row + 1), slice(start, start + at_once))
-                piece = hidden[part].requires_grad_()
+                piece = hidden[part].detach().requires_grad_()
                 with torch.enable_grad():
-                    logits = self._runner.logits(piece, head)
-                loss, slope = divergence(logits[0].detach(), teacher.logits(wanted[part], their_matrix)[0])
+                    logits = self._runner.logits(piece, head, others)
+                loss, slope = divergence(logits[0].detach(), self._teacher.logits(wanted[part])[0])
+                slope = slope.div_(tokens.numel()).to(logits.dtype).unsqueeze(0)
+                gradient[part], *parts = _grad(logits, [piece, *leaves.values()], slope)
+                for key, each in zip(leaves, parts, strict=True):
+                    sums[key] += each
                 total += loss
-                (gradient[part],) = torch.autograd.grad(logits, piece, (slope / count).to(logits.dtype).unsqueeze(0))
-        return total / count, gradient
+        self._collect(sums, found)
+        return total / tokens.numel(), gradient
 
-    def _update(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Adam, in units of each entry's size."""
-        rate = self._todo.method.rate(step)
-        fade = [1.0 - beta ** (step + 1) for beta in _BETAS]
-        for name, tensor in tensors.items():
-            if tensor.grad is None:
-                continue
-            found = {name: tensor.grad.float()}
+    def _through_block(
+        self,
+        block: int,
+        hidden: Float[Tensor, "batch seq hidden"],
+        gradient: Float[Tensor, "batch seq hidden"],
+        found: dict[str, Tensor],
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """The gradient by a block's input, given its input and the gradient by its output."""
+        given = self._given(block)
+        leaves = self._leaves(given)
+        x = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            y = self._runner.run(block, self._runner.lay_out_given(block, given), x)
+        of_input, *parts = _grad(y, [x, *leaves.values()], gradient)
+        self._collect(dict(zip(leaves, parts, strict=True)), found)
+        return of_input
+
+    def _through_embedding(
+        self, tokens: Int[Tensor, "batch seq"], gradient: Float[Tensor, "batch seq hidden"], found: dict[str, Tensor]
+    ) -> None:
+        name = self._todo.model.family.embed
+        given = self._given(None)
+        table = given[name] = self._matrix(name)
+        leaves = self._leaves(given)
+        others = {key: tensor for key, tensor in given.items() if key != name}
+        with torch.enable_grad():
+            x = self._runner.embed(tokens, table, others)
+        if not x.requires_grad:  # the table was left alone, and no vector comes before the first block
+            return
+        self._collect(dict(zip(leaves, _grad(x, list(leaves.values()), gradient), strict=True)), found)
+
+    def _given(self, block: int | None) -> dict[str, Tensor]:
+        """A block's tensors as they are now, unpacked, by checkpoint name; None: tuned vectors outside the blocks."""
+        model, dtype = self._todo.model, self._todo.dtype
+        if block is None:
+            return {name: self.adam.value(name).to(dtype) for name in model.others(None) if name in self.adam}
+        given = {
+            model.prefix(block) + slot.name: self._matrix(model.prefix(block) + slot.name) for slot in model.block_slots
+        }
+        for name in model.others(block):
+            given[name] = (self.adam.value(name) if name in self.adam else self._others[name]).to(dtype)
+        return given
+
+    def _leaves(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of these tensors that gradients are wanted for; made ready for it."""
+        return {name: tensor.requires_grad_() for name, tensor in given.items() if self._keys(name)}
+
+    def _collect(self, gradients: Mapping[str, Tensor], found: dict[str, Tensor]) -> None:
+        """Add the gradients of matrices and vectors to those of what is stored."""
+        for name, gradient in gradients.items():
+            parts = {name: gradient.float()}
             if name in self._weights:
-                pulled = pull_back(self._current(name), tensor.grad)
-                found = {f"{name}/{part}": gradient for part, gradient in pulled.items()}
-            for key, gradient in found.items():
-                if key not in self._moved:
-                    continue
-                g = gradient * self._units[key]
-                mean, square = (moments[key] for moments in self._moments)
-                mean.lerp_(g, 1.0 - _BETAS[0])
-                square.lerp_(g.square(), 1.0 - _BETAS[1])
-                self._moved[key].sub_(rate * (mean / fade[0]) / ((square / fade[1]).sqrt() + _EPS))
+                pulled = pull_back(self._current(name), gradient)
+                parts = {f"{name}{PART}{part}": each for part, each in pulled.items()}
+            for key, part in parts.items():
+                found[key] = found[key] + part if key in found else part
 
-    def _value(self, key: str) -> Tensor:
-        """A tuned tensor as it would be stored now, or a constant as it is."""
-        if key not in self._moved:
-            return self._vectors[key]
-        first = self._first[key]
-        return (first.float() + self._moved[key] * self._units[key]).to(first.dtype)
+    def _matrix(self, name: str) -> Float[Tensor, "out in"]:
+        return self._current(name).unpack(self._todo.dtype)
 
     def _current(self, name: str) -> Weight:
-        weight = self._weights[name]
-        keys = {part: f"{name}/{part}" for part in weight.tensors() if f"{name}/{part}" in self._moved}
-        if not keys:
-            return weight
-        return weight.with_tensors({**weight.tensors(), **{part: self._value(key) for part, key in keys.items()}})
+        """A slot's weight with its real numbers as they are now."""
+        weight, keys = self._weights[name], self._keys(name)
+        return weight.with_tensors({**weight.tensors(), **{k: self.adam.value(key) for k, key in keys.items()}})
+
+    def _keys(self, name: str) -> dict[str, str]:
+        """What is tuned of a slot, or of a vector, by its name in the weight."""
+        if name not in self._weights:
+            return {name: name} if name in self.adam else {}
+        keys = {part: f"{name}{PART}{part}" for part in self._weights[name].tensors()}
+        return {part: key for part, key in keys.items() if key in self.adam}
 
     def _batch(self, step: int) -> list[int]:
         """Sequence numbers of a step: a new order for every pass over the data, the same for the same seed."""
@@ -238,34 +250,45 @@ class _Tuner:
             found.append(int(torch.randperm(count, generator=generator)[position % count]))
         return found
 
-    def _save_state(self, step: int) -> None:
-        kinds = {"moved": self._moved, "mean": self._moments[0], "square": self._moments[1]}
-        tensors = {f"{kind}:{name}": t for kind, values in kinds.items() for name, t in values.items()}
-        save_safetensors(self._todo.folder / _STATE, tensors, {"step": json.dumps(step)})
+    def _save(self, losses: list[float]) -> None:
+        tensors = {f"{kind}:{name}": t for kind, values in self.adam.state.items() for name, t in values.items()}
+        save_safetensors(self._todo.folder / CHECKPOINT, tensors, {"losses": json.dumps(losses)})
 
-    def _restore(self) -> int:
-        """Take up the last checkpoint; gives the step to go on with."""
-        path = self._todo.folder / _STATE
-        if not path.exists():
-            return 0
-        saved = open_safetensors(path)
-        kinds = {"moved": self._moved, "mean": self._moments[0], "square": self._moments[1]}
-        for kind, values in kinds.items():
-            for name in values:
-                values[name] = saved.read(f"{kind}:{name}")
-        return int(json.loads(saved.metadata["step"]))
+    def _restore(self, num_steps: int) -> None:
+        """Take up the last checkpoint, if there is one."""
+        if num_steps:
+            saved = open_safetensors(self._todo.folder / CHECKPOINT)
+            for kind, values in self.adam.state.items():
+                values.update({name: saved.read(f"{kind}:{name}") for name in values})
 
-    def _write(self) -> None:
-        todo = self._todo
-        model, total = todo.model, todo.model.num_blocks + 2
-        transposed = {name for name, slot in model.slots().items() if slot.transposed}
-        for number, (part, slots, others) in enumerate(_contents(model)):
-            if todo.journal.finished(part):
-                continue
-            shard = todo.folder / shard_name(number, total)
-            vectors = {name: self._value(name) if name in self._vectors else model.tensor(name) for name in others}
-            nbytes = write_shard(shard, {name: self._current(name) for name in slots}, vectors, transposed)
-            todo.journal.finish(part, shard, error=None, nbytes=nbytes, starved=[])
+
+class _Teacher:
+    """The model whose predictions are wanted, unpacked once and for all."""
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self._model, self._runner = model, Runner(model, dtype)
+        self._ends = {slot.name: model.weight(slot.name).unpack(dtype) for slot in model.end_slots}
+        self._blocks = []
+        for block in range(model.num_blocks):
+            names = [model.prefix(block) + slot.name for slot in model.block_slots]
+            self._blocks.append(self._runner.lay_out(block, {name: model.weight(name) for name in names}))
+
+    def run(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+        """The last block's output."""
+        hidden = self._runner.embed(tokens, self._ends[self._model.family.embed])
+        for block, laid in enumerate(self._blocks):
+            hidden = self._runner.run(block, laid, hidden)
+        return hidden
+
+    def logits(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of that."""
+        return self._runner.logits(hidden, self._ends[_head(self._model)])
+
+
+def vectors(model: Model) -> list[str]:
+    """Names of a model's norms and biases, in and outside the blocks."""
+    everywhere = (*range(model.num_blocks), None)
+    return [name for block in everywhere for name in model.others(block) if len(model.shape(name)) == 1]
 
 
 def _contents(model: Model) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -277,25 +300,21 @@ def _contents(model: Model) -> Iterator[tuple[str, list[str], list[str]]]:
     yield "lm_head", head, model.others(None)
 
 
-def _parts(model: Model) -> list[str]:
-    return [part for part, _, _ in _contents(model)]
+def _head(model: Model) -> str:
+    """The slot that projects to logits: lm_head, or the embedding that it is tied to."""
+    return model.end_slots[-1].name
 
 
-def _laid(runner: Runner, block: int) -> dict[str, Tensor]:
-    model = runner.model
-    names = [model.prefix(block) + slot.name for slot in model.block_slots]
-    return runner.lay_out(block, {name: model.weight(name) for name in names})
+def _grad(y: Tensor, inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Gradients by these inputs; zero by those that were not used."""
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(y, inputs, gradient, allow_unused=True)
+    return [torch.zeros_like(x) if each is None else each for x, each in zip(inputs, found, strict=True)]
 
 
-def _checkpointed(runner: Runner, block: int, tensors: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    """A block's output; what lies inside is computed again for the gradient instead of being kept."""
-    prefix = runner.model.prefix(block)
-    mine = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    run: Callable[[Tensor], Tensor] = partial(runner.run, block, runner.lay_out_given(block, mine))
-    return checkpoint(run, hidden, use_reentrant=False)  # type: ignore[no-any-return]
+def _step_event(todo: Tuning, step: int, loss: float, seconds: float) -> Event:
+    return Event(f"step {step + 1}", step + 1, todo.method.num_steps, None, seconds, 0, loss=loss)
 
 
-def _real_entries(model: Model, name: str) -> int:
-    if name not in model.described:
-        return 0
-    return sum(tensor.numel() for tensor in trainable(model.weight(name)).values())
+def _losses(path: Path) -> list[float]:
+    """The losses of the steps that a checkpoint comes after."""
+    return list(json.loads(open_safetensors(path).metadata["losses"])) if path.exists() else []

@@ -1,17 +1,35 @@
 """Every method there is, by the name recipes use. A new method is one file and one line here."""
 
-from decoct.methods.base import BlockMethod, BlockWeights, LinearCorrection, LinearMethod, ModelMethod, Passage
+from decoct.methods.base import (
+    BlockMethod,
+    BlockWeights,
+    EdgeScaling,
+    LinearCorrection,
+    LinearMethod,
+    ModelMethod,
+    Passage,
+)
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.prune.wanda import Wanda
 from decoct.methods.quantize.autoround import AutoRound
+from decoct.methods.quantize.awq import AWQ
+from decoct.methods.quantize.awq_clip import AWQClip
 from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.rtn import RTN
+from decoct.methods.quantize.smoothquant import SmoothQuant
 
-METHODS: dict[str, type[LinearMethod] | type[LinearCorrection] | type[BlockMethod] | type[ModelMethod]] = {
+AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod
+
+METHODS: dict[str, type[AnyMethod]] = {
     "rtn": RTN,
     "gptq": GPTQ,
+    "gptaq": GPTAQ,
+    "awq": AWQ,
+    "awq_clip": AWQClip,
+    "smoothquant": SmoothQuant,
     "autoround": AutoRound,
     "e2e_qp": E2EQP,
     "wanda": Wanda,
@@ -19,4 +37,14 @@ METHODS: dict[str, type[LinearMethod] | type[LinearCorrection] | type[BlockMetho
     "eora": EoRA,
 }
 
-__all__ = ["METHODS", "BlockMethod", "BlockWeights", "LinearCorrection", "LinearMethod", "ModelMethod", "Passage"]
+__all__ = [
+    "METHODS",
+    "AnyMethod",
+    "BlockMethod",
+    "BlockWeights",
+    "EdgeScaling",
+    "LinearCorrection",
+    "LinearMethod",
+    "ModelMethod",
+    "Passage",
+]

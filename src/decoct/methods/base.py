@@ -1,7 +1,7 @@
 """What a method is, and how methods that work on one dense matrix meet weights that are already compressed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -115,7 +115,7 @@ class BlockWeights:
 
     Attributes:
         slots: the architecture's table.
-        original: as they were when the block was loaded.
+        original: as they were when the stage began.
         weights: as earlier steps left them.
     """
 
@@ -132,11 +132,26 @@ class BlockMethod(ABC):
 
     @abstractmethod
     def compress(self, block: BlockWeights, passage: Passage) -> dict[str, Weight]:
-        """New weights for some of the slots.
+        """New weights for some of the slots; none if the block has nothing that it works on.
 
         Raises:
-            ValueError: nothing in the block that it could work on, or numbers that are not finite.
+            ValueError: numbers that are not finite.
         """
+
+    @abstractmethod
+    def obstacle(self, weight: Weight, original: Weight) -> str | None:
+        """Why it leaves a slot alone, as one line that says what to do instead; None: it works on it.
+
+        Called while planning too, on weights without values: only their structure counts.
+
+        Args:
+            weight: what earlier steps made of the slot.
+            original: what the slot held when the stage began.
+        """
+
+    def rounds(self, weight: Weight) -> bool:  # noqa: ARG002 - most methods work on what earlier steps made
+        """Whether it compresses such a weight itself, so that `check` must hold."""
+        return False
 
     @abstractmethod
     def begin(self, weight: Weight) -> Weight:
@@ -145,10 +160,6 @@ class BlockMethod(ABC):
         Raises:
             ValueError: it cannot work on such a weight.
         """
-
-    def touches(self, *, dense: bool) -> bool:  # noqa: ARG002 - most methods touch all
-        """Whether it works on slots that earlier steps left dense, or quantized."""
-        return True
 
     def check(self, shape: tuple[int, int]) -> None:  # noqa: B027 - as for LinearMethod
         """As for LinearMethod."""
@@ -175,6 +186,47 @@ class BlockMethod(ABC):
             entries: of all the block's matrices.
             sequence_bytes: of what one sequence leaves behind on its way through the block, for the gradient.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeScaling(ABC):
+    """Rescales the channels of a block's edges, which changes no output, so that later steps lose less.
+
+    A step of its own in a recipe. The engine folds the scales into what writes an edge (a norm's gain, or a matrix
+    whose rows can take them) and into what reads it.
+
+    Attributes:
+        stat: the statistic of the edge that it needs.
+    """
+
+    stat: ClassVar[type[Any]]
+
+    @abstractmethod
+    def scale(
+        self, readers: Sequence[Float[Tensor, "out in"]], stat: Any, tie: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "in"]:
+        """What the edge's channels shall be divided by, and its readers' columns multiplied with.
+
+        Args:
+            readers: the matrices that read the edge, float32; not changed.
+            stat: an instance of `self.stat`.
+            tie: takes scales [in] to the nearest ones that can be folded (with grouped queries, several channels share
+                theirs).
+
+        Raises:
+            ValueError: numbers that are not finite.
+        """
+
+    def check(self, shape: tuple[int, int]) -> None:  # noqa: B027 - as for LinearMethod
+        """As for LinearMethod, for each reader."""
+
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """As for LinearMethod, for all readers of an edge stacked."""
+        return 16 * shape[0] * shape[1]
+
+    def operations(self, shape: tuple[int, int]) -> float:
+        """As for LinearMethod, for all readers of an edge stacked."""
+        return 100.0 * shape[0] * shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,15 +77,19 @@ class Weight:
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         """The same expression over other stored tensors, named as `tensors()` names them."""
-        changes: dict[str, Any] = {name: tensors[name] for name in self.own_tensors()}
+        nested = {name: child.with_tensors(_below(tensors, name)) for name, child in self.children().items()}
+        own: dict[str, Any] = {name: tensors[name] for name in self.own_tensors()}
+        return replace(self.with_children(nested), **own)
+
+    def with_children(self, children: "dict[str, Weight]") -> Self:
+        """The same expression over other nested weights, named as `children()` names them."""
+        changes: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Weight):
-                changes[field.name] = value.with_tensors(_below(tensors, field.name))
+            if field.name in children:
+                changes[field.name] = children[field.name]
             elif isinstance(value, tuple) and value and isinstance(value[0], Weight):
-                changes[field.name] = tuple(
-                    child.with_tensors(_below(tensors, f"{field.name}.{i}")) for i, child in enumerate(value)
-                )
+                changes[field.name] = tuple(children[f"{field.name}.{i}"] for i in range(len(value)))
         return replace(self, **changes)
 
 

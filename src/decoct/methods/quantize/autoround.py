@@ -1,6 +1,6 @@
 """AutoRound / SignRound (arXiv 2309.05516, 2512.04746): learn which way to round, by signed gradient steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from decoct.methods.base import BlockMethod, BlockWeights, Passage, quantize_structure
-from decoct.ops.grid import Grid, check_grid, fit_grid, quantize_packed, resolve_group_size, stored_scale_dtype
+from decoct.ops.grid import check_grid, fit_grid, quantize_packed, resolve_group_size, stored_scale_dtype
 from decoct.ops.parallel import each_piece
-from decoct.weights import GroupInt, Masked, Weight
+from decoct.ops.rounding import clipped_codes, rounding_gradients
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight, pull_back
 
 _HALF = 0.5  # a weight may move to the neighbouring code, not beyond
 _SCALE_RANGE = (0.5, 1.5)  # of the scale that was found before
@@ -54,16 +55,31 @@ class AutoRound(BlockMethod):
             check_grid(self.bits, self.group_size)
         if self.num_steps < 1 or self.batch_size < 1:
             raise ValueError("num_steps and batch_size must be at least 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning_rate must be above 0 and at most 1 code a step, not {self.learning_rate}")
+
+    @override
+    def obstacle(self, weight: Weight, original: Weight) -> str | None:
+        if isinstance(original, Shared):
+            return f"autoround cannot improve a weight that is shared with {original.target}; improve that one"
+        if not _is_real(original):
+            return (
+                "autoround compares with what its stage began with, and that was compressed already; put autoround "
+                "into the same blocks list as the step that quantizes, and start from the uncompressed model"
+            )
+        if self.rounds(weight) or _grids(weight):
+            return None
+        if _is_real(weight):
+            return "autoround finds nothing quantized; give it bits, or put a step that quantizes, such as gptq, before"
+        return f"autoround learns codes of integer grids, which {weight.kind} has not; leave it out for these matrices"
+
+    @override
+    def rounds(self, weight: Weight) -> bool:
+        return self.bits is not None and _is_real(weight)
 
     @override
     def begin(self, weight: Weight) -> Weight:
-        if self.bits is None or not _is_dense(weight):
-            return weight
-        return quantize_structure(weight, None, self._rounded, "autoround")
-
-    @override
-    def touches(self, *, dense: bool) -> bool:
-        return not dense or self.bits is not None
+        return quantize_structure(weight, None, self._rounded, "autoround") if self.rounds(weight) else weight
 
     @override
     def check(self, shape: tuple[int, int]) -> None:
@@ -78,22 +94,23 @@ class AutoRound(BlockMethod):
 
     @override
     def workspace(self, entries: int, sequence_bytes: int) -> int:
-        return 20 * entries + 2 * self.batch_size * sequence_bytes
+        return 32 * entries + 2 * self.batch_size * sequence_bytes
 
     @override
     def compress(self, block: BlockWeights, passage: Passage) -> dict[str, Weight]:
-        start = dict(block.weights)
-        start.update({name: self.begin(start[name]) for name, slot in block.slots.items() if not slot.protected})
-        latents = {
-            name: _Latent.of(weight, block.original[name].unpack(torch.float32))
-            for name, weight in start.items()
-            if _is_refinable(weight)
+        works = [
+            name
+            for name, slot in block.slots.items()
+            if not slot.protected and self.obstacle(block.weights[name], block.original[name]) is None
+        ]
+        if not works:
+            return {}
+        learned = {
+            name: _Learned.of(self.begin(block.weights[name]), block.weights[name], block.original[name])
+            for name in works
         }
-        if not latents:
-            raise ValueError("autoround found no quantized weights; give it bits, or put a quantizing step before it")
-        fixed = {name: weight.unpack(passage.dtype) for name, weight in start.items() if name not in latents}
-        best = self._learn(latents, fixed, passage)
-        return {name: latent.weight(start[name]) for name, latent in best.items()}
+        fixed = {name: weight.unpack(passage.dtype) for name, weight in block.weights.items() if name not in learned}
+        return {name: best.weight() for name, best in self._learn(learned, fixed, passage).items()}
 
     def _rounded(self, w: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"] | None, _: Any) -> Weight:
         assert self.bits is not None
@@ -108,141 +125,159 @@ class AutoRound(BlockMethod):
         )
         return GroupInt.of_packed(quantize_packed(values, grid), (w.shape[0], w.shape[1]), grid, w.dtype)
 
-    def _learn(self, latents: dict[str, "_Latent"], fixed: dict[str, Tensor], passage: Passage) -> dict[str, "_Latent"]:
-        """The steps; gives the latents as they were when the whole error was least."""
-        best, least = {name: latent.copy() for name, latent in latents.items()}, _error(latents, fixed, passage)
+    def _learn(
+        self, learned: dict[str, "_Learned"], fixed: dict[str, Tensor], passage: Passage
+    ) -> dict[str, "_Learned"]:
+        """The steps; gives the matrices as they were when the whole error was least."""
+        best, least = {name: each.copy() for name, each in learned.items()}, _error(learned, fixed, passage)
         order = _Order(passage.num_sequences, self.batch_size, self.seed)
         rate = 1.0 / self.num_steps if self.learning_rate is None else self.learning_rate
         look_every = -(-self.num_steps // _LOOKS)
         for step in range(self.num_steps):
             now = rate * (1.0 - step / self.num_steps)
-            gradients = _gradients(latents, fixed, passage, order.next())
-            for name, latent in latents.items():
-                latent.move(gradients[name], now, learn_scale=self.learn_scale)
+            gradients = _gradients(learned, fixed, passage, order.next())
+            for name, each in learned.items():
+                each.move(gradients[name], now, learn_scale=self.learn_scale)
             if (step + 1) % look_every == 0 or step + 1 == self.num_steps:
-                error = _error(latents, fixed, passage)
+                error = _error(learned, fixed, passage)
                 if error < least:
-                    best, least = {name: latent.copy() for name, latent in latents.items()}, error
+                    best, least = {name: each.copy() for name, each in learned.items()}, error
         return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """One slot on its way: what it is made of, and the integer codes in it that are learned.
+
+    Attributes:
+        start: the weight as learning found it.
+        latents: by where they stand in it, as `_grids` names it.
+    """
+
+    start: Weight
+    latents: dict[str, "_Latent"]
+
+    @classmethod
+    def of(cls, start: Weight, before: Weight, original: Weight) -> Self:
+        """Begin to learn `start`, which was `before` until it was rounded, and `original` when the stage began."""
+        goals = _goals(start, before, original.unpack(torch.float32))
+        return cls(start, {path: _Latent.of(grid, goals[path]) for path, grid in _grids(start).items()})
+
+    def copy(self) -> Self:
+        """What changes, copied."""
+        return replace(self, latents={path: latent.copy() for path, latent in self.latents.items()})
+
+    def unpack(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The matrix as it would be stored now."""
+        return self._values().unpack(dtype)
+
+    def move(self, gradient: Float[Tensor, "out in"], rate: float, *, learn_scale: bool) -> None:
+        """A step against the gradient of the loss by the matrix."""
+        pulled = pull_back(self._values(), gradient)
+        for path, latent in self.latents.items():
+            latent.move(pulled[f"{path}values"], rate, learn_scale=learn_scale)
+
+    def weight(self) -> Weight:
+        """Packed, in the structure that it had."""
+        return _with(self.start, {path: latent.weight() for path, latent in self.latents.items()})
+
+    def _values(self) -> Weight:
+        """The same with the learned parts unpacked."""
+        return _with(self.start, {path: Dense.of(latent.values()) for path, latent in self.latents.items()})
 
 
 @dataclass(slots=True)
 class _Latent:
-    """One matrix on its way: where each weight lies between codes, and each group's scale.
+    """Integer codes on their way: where each weight lies between codes, and each group's scale.
 
     Attributes:
-        weight_over_scale: the original weight in units of the first scale.
+        before: the codes and scales that it started with.
+        ratio: the wanted weight in units of the first scale.
         shift: what is added before rounding.
         start: the shift that gives the codes it started with; it may move half a code from there.
         first: the scales that it started with.
         factor: what they are multiplied by.
         zero: zero points.
-        mask: True where a weight survives; the others stay zero.
-        grid: bits, group size, stored zero points.
     """
 
-    weight_over_scale: Float[Tensor, "out groups size"]
+    before: GroupInt
+    ratio: Float[Tensor, "out groups size"]
     shift: Float[Tensor, "out groups size"]
     start: Float[Tensor, "out groups size"]
     first: Float[Tensor, "out groups 1"]
     factor: Float[Tensor, "out groups 1"]
-    zero: Float[Tensor, "out groups 1"] | float
-    mask: Bool[Tensor, "out groups size"] | None
-    grid: Grid
+    zero: Float[Tensor, "out groups 1"]
 
     @classmethod
-    def of(cls, weight: Weight, original: Float[Tensor, "out in"]) -> Self:
-        """Start where a weight's codes are, as near to the original as those codes allow."""
-        inner = weight.inner if isinstance(weight, Masked) else weight
-        assert isinstance(inner, GroupInt)
-        grid = inner.grid()
-        rows, cols = inner.shape
-        shape = (rows, cols // grid.group_size, grid.group_size)
-        scale = grid.scale.float().expand(rows, shape[1]).unsqueeze(-1)
-        zero = 2.0 ** (grid.bits - 1) if grid.zero is None else grid.zero.float().expand(rows, shape[1]).unsqueeze(-1)
-        ratio = original.reshape(shape) / scale
-        codes = inner.unpack_codes().float().reshape(shape) - zero
-        nearest = torch.minimum(torch.maximum(ratio, codes - 0.49), codes + 0.49)
-        mask = weight.survivors().reshape(shape) if isinstance(weight, Masked) else None
-        shift = nearest - ratio
-        return cls(ratio, shift, shift.clone(), scale.clone(), torch.ones_like(scale), zero, mask, grid)
+    def of(cls, weight: GroupInt, wanted: Float[Tensor, "out in"]) -> Self:
+        """Start where the codes are, as near to what is wanted as those codes allow."""
+        grid = weight.grid()
+        rows, cols = weight.shape
+        groups = cols // grid.group_size
+        scale = grid.scale.float().expand(rows, groups).unsqueeze(-1)
+        middle = torch.full_like(grid.scale, 2.0 ** (grid.bits - 1)) if grid.zero is None else grid.zero
+        zero = middle.float().expand(rows, groups).unsqueeze(-1)
+        ratio = wanted.reshape(rows, groups, -1) / scale
+        codes = weight.unpack_codes().reshape(ratio.shape) - zero
+        shift = ratio.clamp(codes - 0.49, codes + 0.49).sub_(ratio)
+        return cls(weight, ratio, shift, shift.clone(), scale.clone(), torch.ones_like(scale), zero)
 
     def copy(self) -> Self:
         """What changes, copied."""
         return replace(self, shift=self.shift.clone(), factor=self.factor.clone())
 
-    def matrix(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """The weights at these codes and scales."""
-        rows, groups, size = self.shift.shape
-        out = torch.empty(rows, groups * size, dtype=dtype)
+    def values(self) -> Float[Tensor, "out in"]:
+        """The weights at these codes and scales, float32."""
+        out = torch.empty_like(self.ratio)
 
         def work(part: slice) -> None:
-            values = self._codes(part).mul_(self._scale(part))
-            out[part] = values.reshape(-1, groups * size)
+            torch.mul(self._codes(part), self._scale(part), out=out[part])
 
-        each_piece(work, rows, groups * size)
-        return out
+        each_piece(work, *self.before.shape)
+        return out.reshape(self.before.shape)
 
     def move(self, gradient: Float[Tensor, "out in"], rate: float, *, learn_scale: bool) -> None:
-        """A signed step against the gradient of the loss by the matrix."""
-        rows, groups, size = self.shift.shape
+        """A signed step against the gradient of the loss by the values."""
+        g = gradient.reshape(self.ratio.shape)
+        own_scales = self.before.scale.shape[0] == self.before.shape[0]  # each row has some; the matrix not one in all
 
         def work(part: slice) -> None:
-            g = gradient[part].float().reshape(-1, groups, size)
-            if self.mask is not None:
-                g = g * self.mask[part]
-            if learn_scale and self._own_scales:
-                # d(code·scale)/d(scale) with straight-through rounding: the code, less the position where not clipped
-                position = self._position(part)
-                code = self._rounded(part, position)
-                inside = (code - position).abs_() <= _HALF + 1e-3
-                slope = (g * (code - position * inside)).sum(-1, keepdim=True)
-                self.factor[part] = (self.factor[part] - rate * slope.sign_()).clamp_(*_SCALE_RANGE)
+            position, shift = self._position(part), self.shift[part]
+            by_shift, by_scale = rounding_gradients(g[part], position, shift, self._scale(part), *self._limits(part))
+            if learn_scale and own_scales:
+                self.factor[part] = (self.factor[part] - rate * by_scale.sign()).clamp_(*_SCALE_RANGE)
             start = self.start[part]
-            moved = self.shift[part] - rate * g.sign()
-            self.shift[part] = torch.minimum(torch.maximum(moved, start - _HALF), start + _HALF)
+            self.shift[part] = (shift - rate * by_shift.sign()).clamp_(start - _HALF, start + _HALF)
 
-        each_piece(work, rows, groups * size)
+        each_piece(work, *self.before.shape)
 
-    def weight(self, before: Weight) -> Weight:
-        """Packed, in the structure that it had."""
-        rows, groups, size = self.shift.shape
-        everything = slice(0, rows)
-        codes = (self._codes(everything) + self.zero).to(torch.uint8).reshape(rows, groups * size)
-        if isinstance(before, Masked):
-            return Masked.of(self._group_int(codes, before.dtype), before.survivors())
-        return self._group_int(codes, before.dtype)
-
-    def _group_int(self, codes: Tensor, dtype: torch.dtype) -> GroupInt:
-        if not self._own_scales:
-            return GroupInt.of(codes, self.grid, dtype)
-        scale = self._scale(slice(0, codes.shape[0])).squeeze(-1).to(self.grid.scale.dtype)
-        return GroupInt.of(codes, replace(self.grid, scale=scale), dtype)
-
-    @property
-    def _own_scales(self) -> bool:
-        """Whether each row has scales of its own, and not the whole matrix one."""
-        return self.grid.scale.shape[0] == self.shift.shape[0]
+    def weight(self) -> GroupInt:
+        """Packed; zero points as they were."""
+        everything = slice(0, self.before.shape[0])
+        codes = (self._codes(everything) + self.zero).to(torch.uint8).reshape(self.before.shape)
+        grid = self.before.grid()
+        if grid.scale.shape[0] == self.before.shape[0]:
+            grid = replace(grid, scale=self._scale(everything).squeeze(-1).to(grid.scale.dtype))
+        return GroupInt.of(codes, grid, self.before.dtype)
 
     def _scale(self, part: slice) -> Tensor:
         """Rounded to what will be stored."""
-        return (self.first[part] * self.factor[part]).to(self.grid.scale.dtype).float()
+        return (self.first[part] * self.factor[part]).to(self.before.scale.dtype).float()
 
     def _position(self, part: slice) -> Tensor:
-        return self.weight_over_scale[part] / self.factor[part] + self.shift[part]
+        return self.ratio[part] / self.factor[part] + self.shift[part]
+
+    def _limits(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Least and greatest code, counted from zero."""
+        return -self.zero[part], 2**self.before.bits - 1 - self.zero[part]
 
     def _codes(self, part: slice) -> Tensor:
         """Codes counted from zero."""
-        return self._rounded(part, self._position(part))
-
-    def _rounded(self, part: slice, position: Tensor) -> Tensor:
-        zero = self.zero if isinstance(self.zero, float) else self.zero[part]
-        codes = position.round().clamp_(-zero, 2**self.grid.bits - 1 - zero)
-        return codes if self.mask is None else codes.mul_(self.mask[part])
+        return clipped_codes(self._position(part), *self._limits(part))
 
 
 class _Order:
-    """Batches of sequence numbers, every sequence once before any a second time."""
+    """Batches of sequence numbers: pass after pass over all of them, each in an order of its own."""
 
     def __init__(self, count: int, batch: int, seed: int) -> None:
         self._count, self._batch = count, min(batch, count)
@@ -250,29 +285,30 @@ class _Order:
         self._left: list[int] = []
 
     def next(self) -> list[int]:
-        """The next batch."""
-        if len(self._left) < self._batch:
-            self._left = torch.randperm(self._count, generator=self._generator).tolist()
+        """The next batch; what is left of one pass is filled up from the next."""
+        while len(self._left) < self._batch:
+            self._left += torch.randperm(self._count, generator=self._generator).tolist()
         batch, self._left = self._left[: self._batch], self._left[self._batch :]
         return batch
 
 
 def _gradients(
-    latents: dict[str, _Latent], fixed: dict[str, Tensor], passage: Passage, batch: list[int]
+    learned: dict[str, _Learned], fixed: dict[str, Tensor], passage: Passage, batch: list[int]
 ) -> dict[str, Tensor]:
     """Gradient of a batch's error by each matrix."""
-    leaves = {name: latent.matrix(passage.dtype).requires_grad_() for name, latent in latents.items()}
+    leaves = {name: each.unpack(passage.dtype).requires_grad_() for name, each in learned.items()}
     x, target = _batch(passage, batch)
     with torch.enable_grad():
         loss = _loss(passage.run({**fixed, **leaves}, x), target)
-    found = torch.autograd.grad(loss, list(leaves.values()))
+    # An expert that no token of the batch reached has no part in the loss.
+    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
 
 
 @torch.no_grad()
-def _error(latents: dict[str, _Latent], fixed: dict[str, Tensor], passage: Passage) -> float:
+def _error(learned: dict[str, _Learned], fixed: dict[str, Tensor], passage: Passage) -> float:
     """The mean error over sequences spread through the calibration data."""
-    matrices = {**fixed, **{name: latent.matrix(passage.dtype) for name, latent in latents.items()}}
+    matrices = {**fixed, **{name: each.unpack(passage.dtype) for name, each in learned.items()}}
     looked = range(0, passage.num_sequences, -(-passage.num_sequences // _LOOKED_AT))
     losses = []
     for first in range(0, len(looked), _AT_ONCE):
@@ -296,10 +332,54 @@ def _loss(out: Tensor, target: Tensor) -> Tensor:
     return ((out.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).mean()
 
 
-def _is_refinable(weight: Weight) -> bool:
-    inner = weight.inner if isinstance(weight, Masked) else weight
-    return isinstance(inner, GroupInt)
+def _is_real(weight: Weight) -> bool:
+    """Whether every stored value is a real number: nothing in it is quantized."""
+    return all(isinstance(node, Dense | Sparse) for node in weight.walk() if not node.children())
 
 
-def _is_dense(weight: Weight) -> bool:
-    return not any(isinstance(node, GroupInt) for node in weight.walk())
+def _grids(weight: Weight, path: str = "") -> dict[str, GroupInt]:
+    """Every GroupInt in a weight, by where it stands: "", "inner.", "terms.0." and so on."""
+    if isinstance(weight, GroupInt):
+        return {path: weight}
+    found: dict[str, GroupInt] = {}
+    for name, child in weight.children().items():
+        found.update(_grids(child, f"{path}{name}."))
+    return found
+
+
+def _with(weight: Weight, parts: Mapping[str, Weight], path: str = "") -> Weight:
+    """A weight with other parts where `_grids` found some."""
+    if path in parts:
+        return parts[path]
+    children = {name: _with(child, parts, f"{path}{name}.") for name, child in weight.children().items()}
+    return weight.with_children(children) if children else weight
+
+
+def _goals(
+    weight: Weight, before: Weight, wanted: Float[Tensor, "out in"], path: str = ""
+) -> dict[str, Float[Tensor, "out in"]]:
+    """What each of a weight's grids should hold so that the whole comes closest to `wanted`, by the names of `_grids`.
+
+    A factor of a product has no such goal by itself: it should stay what it was before it was rounded, where that is
+    known.
+    """
+    match weight:
+        case GroupInt():
+            return {path: wanted}
+        case Masked(inner=inner):
+            below = before.inner if isinstance(before, Masked) else before
+            return _goals(inner, below, wanted * weight.survivors(), f"{path}inner.")
+        case Sum(terms=terms):
+            values = [term.unpack(torch.float32) for term in terms]
+            found: dict[str, Tensor] = {}
+            for number, term in enumerate(terms):
+                others = sum(values[:number] + values[number + 1 :], torch.zeros(()))
+                found.update(_goals(term, term, wanted - others, f"{path}terms.{number}."))
+            return found
+        case LowRank(left=left, right=right):
+            known = before if isinstance(before, LowRank) else weight
+            return {
+                **_goals(left, known.left, known.left.unpack(torch.float32), f"{path}left."),
+                **_goals(right, known.right, known.right.unpack(torch.float32), f"{path}right."),
+            }
+    return {}

@@ -1,0 +1,280 @@
+"""Tries a recipe's methods on small random matrices: refusals show now, not after hours, and sizes are known."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from decoct.arch import Slot
+from decoct.engine.block import apply_method
+from decoct.engine.folding import check_foldable, touched
+from decoct.engine.rules import Assignment, Method, Resolved
+from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection
+from decoct.model import Model
+from decoct.stats import PairedGram
+from decoct.weights import Dense, Weight, rebuild, tensor_specs, trainable
+
+Steps = tuple[Resolved, ...]
+"""The steps of one stage."""
+
+Chain = tuple[Method | BlockMethod, ...]
+"""What one stage does to one slot, in order."""
+
+Chains = dict[str, Chain]
+"""By the slot's full name."""
+
+Shape = tuple[int, int]
+
+_WIDTHS = [*range(128, 1025, 128), *range(96, 769, 96), 2048, 4096]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A count for a compressed matrix: codes and masks, scales of rows, low-rank factors."""
+
+    entries: float
+    rows: float
+    cols: float
+
+    def of(self, out: int, cols: int) -> float:
+        """For a matrix of this shape."""
+        return self.entries * out * cols + self.rows * out + self.cols * cols
+
+
+class Made(NamedTuple):
+    """What chains of methods make of a matrix: bytes, and how many real numbers are among what is stored."""
+
+    nbytes: Sizes
+    reals: Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What came of it.
+
+    Attributes:
+        chains: for each stage, each slot's methods; a block method is among those of the slots that it works on.
+        sizes: what a slot's chains over all stages make of an uncompressed matrix.
+    """
+
+    chains: tuple[Chains, ...]
+    sizes: dict[tuple[Chain, ...], Made]
+
+    def made(self, name: str) -> Made | None:
+        """What all stages make of a slot; None if none of them touches it."""
+        course = tuple(chains[name] for chains in self.chains)
+        return self.sizes[course] if any(course) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What a method will do with a slot.
+
+    Attributes:
+        method: which.
+        obstacle: why a block method leaves the slot alone; None: it works on it.
+        reshapes: whether it stores the matrix in another form, so that the matrix's shape matters.
+    """
+
+    method: Method | BlockMethod
+    obstacle: str | None = None
+    reshapes: bool = True
+
+
+_Verdicts = tuple[tuple[_Verdict, ...], ...]
+
+
+class _MisfitError(ValueError):
+    """A method does not fit a small matrix's shape."""
+
+
+def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
+    """Try every chain of methods that the stages make for some slot.
+
+    Raises:
+        ValueError: shapes or methods that do not fit together, or a block method that finds nothing to work on.
+    """
+    courses = _courses(model, stages)
+    _check_rescalings(model, stages)
+    for name, course in courses.items():
+        _check_shapes(model, name, [_Verdict(method) for chain in course for method in linear(chain)])
+    tried: dict[tuple[tuple[Chain, ...], str], tuple[_Verdicts, Made]] = {}
+    found: dict[str, _Verdicts] = {}
+    sizes: dict[tuple[Chain, ...], Made] = {}
+    for name, course in courses.items():
+        held = _held(model, name)
+        key = (course, "" if held is None else _structure(held))
+        if key not in tried:
+            tried[key] = _try(course, model.dtype, held)
+        found[name], size = tried[key]
+        _check_shapes(model, name, [verdict for stage in found[name] for verdict in stage])
+        kept = tuple(_kept(stage) for stage in found[name])
+        _check_order(model, name, kept)
+        sizes.setdefault(kept, size)
+    _check_used(found, len(stages))
+    chains = tuple({name: _kept(verdicts[n]) for name, verdicts in found.items()} for n in range(len(stages)))
+    return Rehearsal(chains, sizes)
+
+
+def linear(chain: Chain) -> list[Method]:
+    """A chain's methods on single matrices."""
+    return [method for method in chain if not isinstance(method, BlockMethod)]
+
+
+def _courses(model: Model, stages: Sequence[Steps]) -> dict[str, tuple[Chain, ...]]:
+    """Each slot's methods by stage; of block methods all those that might work on it."""
+
+    def chain(steps: Steps, name: str, slot: Slot) -> Iterator[Method | BlockMethod]:
+        for step in steps:
+            if isinstance(step, BlockMethod):
+                if name.startswith(f"{model.family.blocks}.") and not slot.protected:
+                    yield step
+            elif isinstance(step, Assignment) and name in step.methods:
+                yield step.methods[name]
+
+    return {name: tuple(tuple(chain(steps, name, slot)) for steps in stages) for name, slot in model.slots().items()}
+
+
+def _check_rescalings(model: Model, stages: Sequence[Steps]) -> None:
+    """Refuse to rescale what is compressed by then, or a model in which nothing can be rescaled."""
+    rescaled = {model.prefix(block) + name for block in range(model.num_blocks) for name in touched(model)}
+    compressed = set(model.described)
+    for step in (step for steps in stages for step in steps):
+        if isinstance(step, EdgeScaling):
+            check_foldable(model, step)
+            for name in sorted(rescaled & compressed):
+                raise ValueError(f"{name}: only dense weights can be rescaled; put the rescaling step first")
+        elif isinstance(step, Assignment):
+            compressed |= step.methods.keys()
+        else:
+            compressed |= rescaled
+
+
+def _held(model: Model, name: str) -> Weight | None:
+    """What an earlier run of decoct made of a slot, without its values; None for an uncompressed one."""
+    if name not in model.described:
+        return None
+    description = model.described[name]
+    empty = {
+        part: torch.empty(shape, dtype=dtype, device="meta")
+        for part, (dtype, shape) in tensor_specs(description).items()
+    }
+    return rebuild(description, empty, name)
+
+
+def _structure(weight: Weight) -> str:
+    """The kinds of a weight and all nested ones."""
+    return f"{weight.kind}({','.join(_structure(child) for child in weight.children().values())})"
+
+
+def _kept(verdicts: tuple[_Verdict, ...]) -> Chain:
+    return tuple(verdict.method for verdict in verdicts if verdict.obstacle is None)
+
+
+def _check_order(model: Model, name: str, course: tuple[Chain, ...]) -> None:
+    for chain in course:
+        if name == model.family.embed and any(method.stat is not None for method in chain):
+            raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
+        if any(m.stat is PairedGram for m in chain) and model.slots()[name].expert is not None:
+            raise ValueError(f"{name}: the two models may route a token differently; give experts another method")
+        if chain and isinstance(chain[0], LinearCorrection):
+            raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")
+
+
+def _check_shapes(model: Model, name: str, verdicts: Sequence[_Verdict]) -> None:
+    out, cols = model.shape(name)
+    try:
+        _check_leaves(verdicts, (out, cols))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _check_leaves(verdicts: Sequence[_Verdict], shape: Shape) -> None:
+    """Whether methods fit a matrix of this shape and what the ones before them leave of it."""
+    leaves = [shape]
+    for verdict in verdicts:
+        if not verdict.reshapes:
+            continue
+        for leaf in leaves:
+            verdict.method.check(leaf)
+        leaves = [found for leaf in leaves for found in verdict.method.leaves(leaf)]
+
+
+def _check_used(found: dict[str, _Verdicts], num_stages: int) -> None:
+    """Refuse a block method that would leave every matrix alone, with the reason that most of them have."""
+    for number in range(num_stages):
+        obstacles: dict[BlockMethod, list[str | None]] = {}
+        for verdicts in found.values():
+            for verdict in verdicts[number]:
+                if isinstance(verdict.method, BlockMethod):
+                    obstacles.setdefault(verdict.method, []).append(verdict.obstacle)
+        for reasons in obstacles.values():
+            if None not in reasons:
+                raise ValueError(Counter(reasons).most_common(1)[0][0])
+
+
+def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None) -> tuple[_Verdicts, Made]:
+    """Run a slot's methods on matrices of three shapes, as small as their settings allow."""
+    misfit: ValueError | None = None
+    for unit in _WIDTHS:
+        shapes = (unit, unit), (2 * unit, unit), (unit, 2 * unit)
+        try:
+            done = [_try_once(course, shape, dtype, held) for shape in shapes]
+        except _MisfitError as error:
+            misfit = error
+            continue
+        terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
+        counts = [[made.nbytes, sum(tensor.numel() for tensor in trainable(made).values())] for _, made in done]
+        nbytes, reals = torch.linalg.solve(terms, torch.tensor(counts, dtype=torch.float64)).T.tolist()
+        return done[0][0], Made(Sizes(*nbytes), Sizes(*reals))
+    raise ValueError(f"these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
+
+
+def _try_once(
+    course: tuple[Chain, ...], shape: Shape, dtype: torch.dtype, held: Weight | None
+) -> tuple[_Verdicts, Weight]:
+    """What each method does, and the weight that comes of it."""
+    _check_fit([_Verdict(method) for chain in course for method in linear(chain)], shape)
+    generator = torch.Generator().manual_seed(0)
+    first: Weight = Dense.of(torch.randn(*shape, generator=generator).to(dtype))
+    inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
+    weight = first
+    done: list[_Verdict] = []
+    stages: list[tuple[_Verdict, ...]] = []
+    for chain in course:
+        begun, original = weight, _or_held(weight, first, held)
+        so_far = len(done)
+        for method in chain:
+            if isinstance(method, BlockMethod):
+                now = _or_held(weight, first, held)
+                verdict = _Verdict(method, method.obstacle(now, original), reshapes=method.rounds(now))
+                _check_fit([*done, verdict], shape)
+                weight = method.begin(weight) if verdict.obstacle is None else weight
+            else:
+                verdict = _Verdict(method)
+                weight = apply_method(method, weight, _statistic(method, inputs), begun, "this recipe")
+            done.append(verdict)
+        stages.append(tuple(done[so_far:]))
+    return tuple(stages), weight
+
+
+def _or_held(weight: Weight, first: Weight, held: Weight | None) -> Weight:
+    """What a slot is by now: what it was before the recipe, until a method has changed it."""
+    return held if held is not None and weight is first else weight
+
+
+def _check_fit(verdicts: Sequence[_Verdict], shape: Shape) -> None:
+    try:
+        _check_leaves(verdicts, shape)
+    except ValueError as error:
+        raise _MisfitError(str(error)) from error
+
+
+def _statistic(method: Method, inputs: torch.Tensor) -> object:
+    if method.stat is None:
+        return None
+    stat = method.stat.empty(inputs.shape[1])
+    stat.add(inputs)
+    return stat

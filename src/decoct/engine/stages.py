@@ -1,0 +1,138 @@
+"""What a recipe consists of, and the plan of all of it: a hopeless recipe is refused before its first stage runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoct.engine.budget import Budget
+from decoct.engine.data import Data, check_source
+from decoct.engine.disk import check_disk, most_on_disk
+from decoct.engine.plan import Plan, StepRules, make_plan
+from decoct.engine.plan_tuning import plan_tuning
+from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStage:
+    """A streamed pass over the blocks.
+
+    Attributes:
+        steps: rules or a block method each; all steps run on a block while it is in memory.
+        description: the stage as the recipe spells it.
+    """
+
+    steps: tuple[StepRules, ...]
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStage:
+    """A method on the whole model.
+
+    Attributes:
+        method: what to do.
+        description: the stage as the recipe spells it.
+    """
+
+    method: E2EQP
+    description: dict[str, Any]
+
+
+Stage = BlocksStage | ModelStage
+
+
+@dataclass(frozen=True, slots=True)
+class RecipePlan:
+    """What a whole recipe will do and take.
+
+    Attributes:
+        stages: each stage's plan, in order; a later one counts with what the earlier ones are expected to make.
+    """
+
+    stages: tuple[Plan, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """The model's."""
+        return self.stages[0].num_parameters
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any stage needs calibration tokens."""
+        return any(plan.needs_data for plan in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the process's memory, that of the most demanding stage."""
+        return max(plan.peak_bytes for plan in self.stages)
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the budget allows."""
+        return self.stages[0].limit_bytes
+
+    @property
+    def output_bytes(self) -> int:
+        """Predicted size of the result."""
+        return self.stages[-1].output_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Predicted bits of the result for each parameter, everything counted."""
+        return self.stages[-1].bits_per_weight
+
+    @property
+    def disk_bytes(self) -> int:
+        """Most that the run's files take at a time: every stage's result stays until the run is over."""
+        return most_on_disk(self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """A rough estimate."""
+        return sum(plan.seconds for plan in self.stages)
+
+
+def plan_stages(
+    model: Model,
+    stages: tuple[Stage, ...],
+    data: Data,
+    budget: Budget,
+    out: Path | None,
+    *,
+    fresh: bool = False,
+    dtypes: Mapping[int, torch.dtype] | None = None,
+) -> RecipePlan:
+    """Resolve all stages and predict what each takes.
+
+    Args:
+        model: what the recipe begins with.
+        stages: in order.
+        data: calibration.
+        budget: limits.
+        out: output folder, to look at its disk; None: not looked at.
+        fresh: what lies in `out` goes first.
+        dtypes: what to run a stage's blocks in, by its number; others: whatever this machine does fastest.
+
+    Raises:
+        ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning` and `check_disk`; or a
+            calibration text that is not there.
+    """
+    plans: tuple[Plan, ...] = ()
+    earlier: tuple[tuple[StepRules, ...], ...] = ()
+    for number, stage in enumerate(stages):
+        dtype = (dtypes or {}).get(number)
+        if isinstance(stage, ModelStage):
+            plans += (plan_tuning(model, stage.method, data, budget, plans, dtype),)
+        else:
+            plans += (make_plan(model, stage.steps, data, budget, dtype, earlier),)
+            earlier += (stage.steps,)
+    found = RecipePlan(plans)
+    if found.needs_data:
+        check_source(data)
+    if out is not None:
+        check_disk(plans, out, budget.scratch, fresh=fresh)
+    return found

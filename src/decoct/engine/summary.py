@@ -1,0 +1,101 @@
+"""What a run took and what it found on the way: decoct-run.json, and the Result that the API gives."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decoct.engine.budget import peak_resident_bytes
+from decoct.engine.stream import Event
+from decoct.model import open_model
+from decoct.store import RUN_SUMMARY, read_json, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        folder: the checkpoint.
+        nbytes: bytes of its tensors.
+        bits_per_weight: everything counted.
+        seconds: of the process that finished it; a resumed run counts from the resumption.
+        peak_bytes: most memory that this process held.
+        errors: relative squared error of each part that was compressed, by part, of the last stage that streamed the
+            blocks.
+        losses: divergence from the model that the recipe began with, in nats a token, before each step of the last
+            stage that tuned the whole model; empty if none did.
+        starved: slots that no calibration token reached in some stage; they were compressed without data.
+    """
+
+    folder: Path
+    nbytes: int
+    bits_per_weight: float
+    seconds: float
+    peak_bytes: int
+    errors: dict[str, float]
+    losses: tuple[float, ...]
+    starved: tuple[str, ...]
+
+
+def write_summary(folder: Path, kinds: Sequence[str], events: Sequence[Sequence[Event]], started: float) -> None:
+    """Write times, memory and errors apart from the checkpoint's own files, whose bits no interruption changes.
+
+    Args:
+        folder: the checkpoint.
+        kinds: of each stage, as in `Plan.kind`.
+        events: of each stage, those of parts and steps restored from an earlier process included.
+        started: when this process began, by `time.perf_counter()`.
+    """
+    stages = [
+        {
+            "stage": kind,
+            "steps": [_step(event) for event in found if event.loss is not None],
+            "parts": [_part(event) for event in found if event.loss is None],
+        }
+        for kind, found in zip(kinds, events, strict=True)
+    ]
+    seconds = round(time.perf_counter() - started, 3)
+    write_json(folder / RUN_SUMMARY, {"seconds": seconds, "peak_bytes": peak_resident_bytes(), "stages": stages})
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """decoct-run.json of a finished checkpoint: seconds, peak memory, and each stage's parts and steps."""
+    return dict(read_json(folder / RUN_SUMMARY))
+
+
+def read_result(folder: Path) -> Result:
+    """The result of a run that is over.
+
+    Raises:
+        ValueError: the folder is no finished result.
+    """
+    summary, model = read_summary(folder), open_model(folder)
+    streamed = [stage["parts"] for stage in summary["stages"] if stage["stage"] == "blocks"]
+    tuned = [stage["steps"] for stage in summary["stages"] if stage["steps"]]
+    starved = [name for stage in summary["stages"] for part in stage["parts"] for name in part["starved"]]
+    return Result(
+        folder=folder,
+        nbytes=model.nbytes,
+        bits_per_weight=model.bits_per_weight,
+        seconds=summary["seconds"],
+        peak_bytes=summary["peak_bytes"],
+        errors={part["part"]: part["error"] for part in streamed[-1] if part["error"] is not None},
+        losses=tuple(step["loss"] for step in tuned[-1]) if tuned else (),
+        starved=tuple(dict.fromkeys(starved)),
+    )
+
+
+def _part(event: Event) -> dict[str, Any]:
+    return {
+        "part": event.part,
+        "error": event.error,
+        "seconds": round(event.seconds, 3),
+        "nbytes": event.nbytes,
+        "starved": list(event.starved),
+    }
+
+
+def _step(event: Event) -> dict[str, Any]:
+    return {"step": event.done, "loss": event.loss, "seconds": round(event.seconds, 3)}
