@@ -99,7 +99,7 @@ class Skeleton:
 
     def head(self, hidden: Float[Tensor, "batch seq hidden"], rest: Tensors) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the last block's output: final norm, projection, soft caps as the model has them."""
-        self._tape.calls.clear()
+        self._tape.calls = []  # a new list: the last one may be in a caller's hands
         self._tape.injected = hidden
         try:
             inputs = {"inputs_embeds": hidden, "use_cache": False}
