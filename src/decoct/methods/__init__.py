@@ -7,11 +7,17 @@ from decoct.methods.prune.wanda import Wanda
 from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.quantize.gptq import GPTQ
+from decoct.methods.quantize.owq import OWQ
 from decoct.methods.quantize.rtn import RTN
+from decoct.methods.quantize.spqr import SpQR
+from decoct.methods.quantize.squeezellm import SqueezeLLM
 
 METHODS: dict[str, type[LinearMethod] | type[LinearCorrection] | type[BlockMethod] | type[ModelMethod]] = {
     "rtn": RTN,
     "gptq": GPTQ,
+    "squeezellm": SqueezeLLM,
+    "spqr": SpQR,
+    "owq": OWQ,
     "autoround": AutoRound,
     "e2e_qp": E2EQP,
     "wanda": Wanda,
