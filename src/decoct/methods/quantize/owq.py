@@ -27,12 +27,13 @@ class OWQ(LinearMethod):
         symmetric: grid around zero, without zero points.
         damping: fraction of the Hessian's mean diagonal added to it; raised if the factorization fails.
         act_order: round the features with the largest second moment first.
-        clip_search: choose each group's span by least squared error weighted by the Hessian's diagonal.
+        clip_search: choose each group's span by least squared error, weighted by what an error costs once later features
+            have made up for it as far as they can.
     """
 
     bits: int = 4
     group_size: int | str = 64
-    keep: float = 0.01
+    keep: float = 0.005
     symmetric: bool = True
     damping: float = 0.01
     act_order: bool = True
@@ -72,24 +73,24 @@ class OWQ(LinearMethod):
             values = torch.where(mask, values, 0)
         stored = stored_scale_dtype(w.dtype)
         kept = weak_columns(values, diagonal, self._grid(values, diagonal, stored), self.keep)
-        rest = values.index_fill(1, kept, 0.0)
-        grid = self._grid(rest, diagonal, stored)
-        rounding = GridRounding(grid, (w.shape[0], w.shape[1]), mask)
         elimination = Elimination.of(H, damping=self.damping, act_order=self.act_order, last=kept)
+        importance = elimination.pivots().pow(-2)
+        grid = self._grid(values.index_fill(1, kept, 0.0), importance, stored)
+        rounding = GridRounding(grid, (w.shape[0], w.shape[1]), mask)
         columns = elimination.run(values, rounding, num_kept=kept.numel())
         if mask is not None:
             columns = torch.where(mask[:, kept], columns, 0)
         whole = Columns.of(columns.to(stored), kept, w.shape[1], w.dtype)
         return Sum.of(GroupInt.of(rounding.finish(), grid, w.dtype), whole)
 
-    def _grid(self, w: Float[Tensor, "out in"], diagonal: Float[Tensor, " in"], dtype: torch.dtype) -> Grid:
+    def _grid(self, w: Float[Tensor, "out in"], importance: Float[Tensor, " in"], dtype: torch.dtype) -> Grid:
         return fit_grid(
             w,
             bits=self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
             scale_dtype=dtype,
-            importance=diagonal,
+            importance=importance,
             search=self.clip_search,
         )
 
