@@ -246,7 +246,7 @@ def _check_format(to: str) -> None:
 def _kind(model: Model, name: str) -> str:
     def spell(description: dict[str, Any]) -> str:
         kind = str(description["kind"])
-        if kind == "GroupInt":
+        if "bits" in description:
             kind = f"{kind} {description['bits']} bit"
         inner = [spell(value) for value in description.values() if isinstance(value, dict) and "kind" in value]
         inner += [spell(item) for item in description.get("terms", ())]

@@ -3,7 +3,20 @@
 import torch
 
 from decoct.ops.grid import fit_grid, quantize
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight
+from decoct.ops.two_level import fit_two_level
+from decoct.weights import (
+    Codebook,
+    Columns,
+    Dense,
+    GroupInt,
+    LowRank,
+    Masked,
+    Shared,
+    Sparse,
+    Sum,
+    TwoLevelInt,
+    Weight,
+)
 from tests.reference.inputs import gaussian
 
 OUT, IN, RANK = 12, 24, 8
@@ -39,6 +52,42 @@ def low_rank(dtype: torch.dtype = torch.float32) -> LowRank:
     return LowRank.of(dense(OUT, RANK, 1, dtype), dense(RANK, IN, 2, dtype))
 
 
+def two_level_int(
+    rows: int = OUT,
+    cols: int = IN,
+    bits: int = 4,
+    scale_bits: int = 3,
+    rows_per_block: int = 5,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> TwoLevelInt:
+    w = gaussian(rows, cols, seed=seed) * gaussian(rows, 1, seed=seed + 1)
+    grid, scales = fit_two_level(
+        w, torch.ones_like(w, dtype=torch.bool), torch.ones(cols), bits=bits, group_size=8, scale_bits=scale_bits,
+        rows_per_block=rows_per_block, scale_dtype=torch.bfloat16,
+    )  # fmt: skip
+    return TwoLevelInt.of(quantize(w, grid), grid, scales, dtype)
+
+
+def codebook(
+    rows: int = OUT,
+    cols: int = IN,
+    bits: int = 3,
+    d: int = 1,
+    tables: int = OUT,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Codebook:
+    codes = torch.randint(0, 2**bits, (rows, cols // d), generator=torch.Generator().manual_seed(seed))
+    table = gaussian(tables, 2**bits, d, seed=seed + 1, dtype=torch.bfloat16)
+    return Codebook.of(codes.to(torch.uint8), table, dtype)
+
+
+def columns(index: tuple[int, ...] = (3, 0, 17), dtype: torch.dtype = torch.float32) -> Columns:
+    values = gaussian(OUT, len(index), seed=3, dtype=torch.bfloat16)
+    return Columns.of(values, torch.tensor(index, dtype=torch.long), IN, dtype)
+
+
 def samples() -> dict[str, Weight]:
     """By a name for the test's id."""
     half = torch.bfloat16
@@ -71,4 +120,24 @@ def samples() -> dict[str, Weight]:
             found[f"int{bits}-{size}-sym"] = group_int(bits=bits, group_size=size)
     found["int3-channel-asym"] = group_int(bits=3, group_size="channel", symmetric=False)
     found["int3-tensor-asym"] = group_int(bits=3, group_size="tensor", symmetric=False)
+    for bits in range(1, 9):
+        found[f"codebook{bits}"] = codebook(bits=bits)
+    for d in range(1, 9):
+        found[f"codebook5-d{d}"] = codebook(OUT, IN // d * d, bits=5, d=d)
+    for tables in (1, 3, 4):
+        found[f"codebook4-{tables}-tables"] = codebook(bits=4, tables=tables)
+    found["codebook4-last-table-shorter"] = codebook(14, IN, bits=4, tables=4, d=2, dtype=half)
+    found["masked(codebook)"] = Masked.of(codebook(dtype=half), mask())
+    found["sum(codebook,sparse)"] = Sum.of(codebook(), sparse(0.03))
+    found["columns"] = columns()
+    found["columns-none"] = columns(())
+    found["sum(int,columns)-bf16"] = Sum.of(group_int(dtype=half), columns(dtype=half))
+    found["sum(two_level,sparse)"] = Sum.of(two_level_int(), sparse(0.03))
+    for bits in (2, 3, 8):
+        found[f"two_level{bits}"] = two_level_int(bits=bits)
+    for scale_bits, rows in ((1, 1), (4, 16), (8, 12)):
+        found[f"two_level4-scales{scale_bits}-block{rows}"] = two_level_int(
+            scale_bits=scale_bits, rows_per_block=rows, dtype=half
+        )
+    found["two_level-one-row"] = two_level_int(1)
     return found

@@ -88,7 +88,7 @@ def test_another_shape_or_dtype_is_named(name: str) -> None:
         assert f"{wrong.dtype} {list(wrong.shape)}" in str(found.value)
 
 
-@pytest.mark.parametrize("kind", ["Codebook", None, 3])
+@pytest.mark.parametrize("kind", ["Origami", None, 3])
 def test_an_unknown_kind_lists_the_known_ones(kind: object) -> None:
     description, tensors = nested()
     description["terms"][1]["kind"] = kind

@@ -18,8 +18,11 @@ from decoct.methods.quantize.awq_clip import AWQClip
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
+from decoct.methods.quantize.owq import OWQ
 from decoct.methods.quantize.rtn import RTN
 from decoct.methods.quantize.smoothquant import SmoothQuant
+from decoct.methods.quantize.spqr import SpQR
+from decoct.methods.quantize.squeezellm import SqueezeLLM
 
 AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod
 
@@ -30,6 +33,9 @@ METHODS: dict[str, type[AnyMethod]] = {
     "awq": AWQ,
     "awq_clip": AWQClip,
     "smoothquant": SmoothQuant,
+    "squeezellm": SqueezeLLM,
+    "spqr": SpQR,
+    "owq": OWQ,
     "autoround": AutoRound,
     "e2e_qp": E2EQP,
     "wanda": Wanda,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from decoct.ops.codebook import between
 from decoct.ops.grid import Grid
 from decoct.ops.linalg import inverse_factor
 
@@ -154,19 +155,21 @@ class GridRounding:
     """Rounding to a uniform grid whose scales are fixed beforehand.
 
     Attributes:
-        codes: one row for each feature; those that were not rounded have the code of zero.
+        codes: one row for each feature; the code of zero until the feature is rounded.
     """
 
     def __init__(self, grid: Grid, shape: tuple[int, int], survivors: Bool[Tensor, "out in"] | None = None) -> None:
         """Take a grid for a matrix of a shape; where `survivors` is False the rounded value is zero."""
+        out, width = shape
         self._scale = grid.scale.float().T.contiguous()
         self._zero = None if grid.zero is None else grid.zero.float().T.contiguous()
         self._survivors = None if survivors is None else survivors.T.contiguous()
-        self._middle = 2.0 ** (grid.bits - 1)
+        self._middle = 2 ** (grid.bits - 1)
         self._top = 2**grid.bits - 1
-        whole = grid.scale.shape[1] == 1
-        self._group = [0 if whole else j // grid.group_size for j in range(shape[1])]
-        self.codes: UInt8[Tensor, "in out"] = torch.empty(shape[1], shape[0], dtype=torch.uint8)
+        group = torch.arange(width) // grid.group_size
+        self._group: list[int] = group.tolist()
+        codes = torch.tensor(self._middle, dtype=torch.uint8) if grid.zero is None else grid.zero.T[group]
+        self.codes: UInt8[Tensor, "in out"] = codes.expand(width, out).contiguous()
 
     def __call__(self, column: Float[Tensor, " out"], feature: int, lost: Float[Tensor, " out"]) -> None:
         """See Rounding."""
@@ -178,11 +181,61 @@ class GridRounding:
         self.codes[feature] = step + zero
         torch.addcmul(column, step, scale, value=-1.0, out=lost)
 
-    def leave(self, features: Int[Tensor, " kept"]) -> None:
-        """Give features that are not rounded the code of zero."""
-        for feature in features.tolist():
-            self.codes[feature] = self._middle if self._zero is None else self._zero[self._group[feature]]
-
     def finish(self) -> UInt8[Tensor, "out in"]:
         """The codes as a matrix."""
         return self.codes.T.contiguous()
+
+
+class TableRounding:
+    """Rounding to the nearest value of each row's table."""
+
+    def __init__(
+        self, tables: Float[Tensor, "out entries"], width: int, survivors: Bool[Tensor, "out in"] | None = None
+    ) -> None:
+        """Take tables in ascending order; where `survivors` is False the rounded value is zero."""
+        self._tables = tables.float()
+        self._middles = between(self._tables)
+        self._survivors = None if survivors is None else survivors.T.contiguous()
+        self._codes = torch.zeros(width, tables.shape[0], dtype=torch.uint8)
+
+    def __call__(self, column: Float[Tensor, " out"], feature: int, lost: Float[Tensor, " out"]) -> None:
+        """See Rounding."""
+        index = torch.searchsorted(self._middles, column.unsqueeze(1))
+        value = self._tables.gather(1, index).squeeze(1)
+        if self._survivors is not None:
+            value = torch.where(self._survivors[feature], value, 0.0)
+        self._codes[feature] = index.squeeze(1)
+        torch.sub(column, value, out=lost)
+
+    def finish(self) -> UInt8[Tensor, "out in"]:
+        """The codes as a matrix."""
+        return self._codes.T.contiguous()
+
+
+class OutlierRounding:
+    """Another rounding, whose largest losses are stored apart, in 16 bits, and so are hardly lost at all."""
+
+    def __init__(
+        self, inner: Rounding, shape: tuple[int, int], limit: Float[Tensor, "in #out"], dtype: torch.dtype
+    ) -> None:
+        """Store what `inner` loses of an entry where its square exceeds `limit`.
+
+        Args:
+            inner: what rounds.
+            shape: of the matrix.
+            limit: for each feature, or for each entry of each feature; negative: always, infinite: never.
+            dtype: in which losses are stored.
+        """
+        self._inner, self._limit = inner, limit
+        self._stored = torch.zeros(shape[1], shape[0], dtype=dtype)
+
+    def __call__(self, column: Float[Tensor, " out"], feature: int, lost: Float[Tensor, " out"]) -> None:
+        """See Rounding."""
+        self._inner(column, feature, lost)
+        stored = torch.where(lost.square() > self._limit[feature], lost, 0.0).to(self._stored.dtype)
+        self._stored[feature] = stored
+        lost.sub_(stored)
+
+    def finish(self) -> Float[Tensor, "out in"]:
+        """What is to be added to the rounded matrix; zero where nothing was stored."""
+        return self._stored.T.contiguous()

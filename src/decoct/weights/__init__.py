@@ -1,6 +1,8 @@
 """Weights as expressions: frozen, exactly sized, nested freely."""
 
 from decoct.weights.base import FORMAT_VERSION, Weight
+from decoct.weights.codebook import Codebook
+from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
 from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
 from decoct.weights.gradient import pull_back, trainable
@@ -10,10 +12,13 @@ from decoct.weights.masked import Masked
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
+from decoct.weights.two_level_int import TwoLevelInt
 
 __all__ = [
     "FORMAT_VERSION",
     "WEIGHTS",
+    "Codebook",
+    "Columns",
     "Dense",
     "GroupInt",
     "LowRank",
@@ -21,6 +26,7 @@ __all__ = [
     "Shared",
     "Sparse",
     "Sum",
+    "TwoLevelInt",
     "Weight",
     "check_version",
     "describe",

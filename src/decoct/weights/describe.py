@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from decoct.weights.base import FORMAT_VERSION, Weight
+from decoct.weights.codebook import Codebook
+from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
@@ -14,8 +16,11 @@ from decoct.weights.masked import Masked
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
+from decoct.weights.two_level_int import TwoLevelInt
 
-WEIGHTS: dict[str, type[Weight]] = {cls.kind: cls for cls in (Dense, GroupInt, Masked, Sparse, LowRank, Sum, Shared)}
+WEIGHTS: dict[str, type[Weight]] = {
+    cls.kind: cls for cls in (Dense, GroupInt, TwoLevelInt, Codebook, Masked, Sparse, Columns, LowRank, Sum, Shared)
+}
 
 
 _DTYPES: dict[str, torch.dtype] = {

@@ -4,13 +4,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decoct.ops.grid import Grid, dequantize
 from decoct.weights.base import Weight
+from decoct.weights.codebook import Codebook
+from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
+from decoct.weights.two_level_int import TwoLevelInt
 
 
 def trainable(weight: Weight) -> dict[str, Tensor]:
@@ -32,12 +36,6 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
     """
     g = gradient.float()
     match weight:
-        case Dense():
-            return {"values": g}
-        case GroupInt():
-            return {"scale": _of_scale(weight, g)}
-        case Sparse():
-            return {"values": g[weight.survivors()]}
         case Masked(inner=inner):
             return _named("inner", pull_back(inner, g * weight.survivors()))
         case LowRank(left=left, right=right):
@@ -49,6 +47,24 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
             for number, term in enumerate(terms):
                 found.update(_named(f"terms.{number}", pull_back(term, g)))
             return found
+    return _of_own(weight, g)
+
+
+def _of_own(weight: Weight, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """Gradients of the tensors of a weight that nests no other."""
+    match weight:
+        case Dense():
+            return {"values": g}
+        case GroupInt():
+            return {"scale": _of_scale(weight, g)}
+        case TwoLevelInt():
+            return _of_second_level(weight, g)
+        case Codebook():
+            return {"table": _of_table(weight, g)}
+        case Columns(index=index):
+            return {"values": g[:, index.long()]}
+        case Sparse():
+            return {"values": g[weight.survivors()]}
     raise ValueError(f"a {weight.kind} weight cannot be trained by itself")
 
 
@@ -58,6 +74,26 @@ def _of_scale(weight: GroupInt, g: Float[Tensor, "out in"]) -> Float[Tensor, "ro
     steps = unit.unpack(torch.float32).mul_(g)
     grouped = steps.reshape(weight.shape[0], -1, weight.group_size).sum(-1)
     return grouped if weight.scale.shape[0] == weight.shape[0] else grouped.sum(0, keepdim=True)
+
+
+def _of_second_level(weight: TwoLevelInt, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """Base and step gather, over a block's rows, what their scales gather over a group; step times the scale's code."""
+    grid = weight.grid()
+    unit = Grid(torch.ones_like(grid.scale), grid.zero, grid.bits, grid.group_size)
+    of_scale = dequantize(weight.unpack_codes(), unit).mul_(g).reshape(*grid.scale.shape, -1).sum(-1)
+    block = torch.arange(weight.shape[0], device=g.device) // weight.rows_per_block
+    zeros = torch.zeros(weight.base.shape, device=g.device)
+    codes = weight.scales().codes
+    return {"base": zeros.index_add(0, block, of_scale), "step": zeros.index_add(0, block, of_scale * codes)}
+
+
+def _of_table(weight: Codebook, g: Float[Tensor, "out in"]) -> Float[Tensor, "tables entries d"]:
+    """Each value of a table gathers the gradients of the entries that it stands for."""
+    tables, entries, d = weight.table.shape
+    first = weight.table_of(torch.arange(weight.shape[0], device=g.device)) * entries
+    index = (weight.unpack_codes() + first.unsqueeze(1)).flatten()
+    found = torch.zeros(tables * entries, d, device=g.device)
+    return found.index_add_(0, index, g.reshape(-1, d)).reshape(tables, entries, d)
 
 
 def _named(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
