@@ -27,8 +27,8 @@ class OWQ(LinearMethod):
         symmetric: grid around zero, without zero points.
         damping: fraction of the Hessian's mean diagonal added to it; raised if the factorization fails.
         act_order: round the features with the largest second moment first.
-        clip_search: choose each group's span by least squared error, weighted by what an error costs once later features
-            have made up for it as far as they can.
+        clip_search: choose each group's span by least squared error, weighted by what an error costs once later
+            features have made up for it as far as they can.
     """
 
     bits: int = 4
