@@ -1,6 +1,7 @@
 """Weights as expressions: frozen, exactly sized, nested freely."""
 
 from decoct.weights.base import FORMAT_VERSION, Weight
+from decoct.weights.binary import Binary, Plane
 from decoct.weights.dense import Dense
 from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
 from decoct.weights.gradient import pull_back, trainable
@@ -9,18 +10,24 @@ from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
+from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
+from decoct.weights.ternary import Ternary
 
 __all__ = [
     "FORMAT_VERSION",
     "WEIGHTS",
+    "Binary",
     "Dense",
     "GroupInt",
     "LowRank",
     "Masked",
+    "Plane",
     "Shared",
     "Sparse",
+    "SparseInt",
     "Sum",
+    "Ternary",
     "Weight",
     "check_version",
     "describe",

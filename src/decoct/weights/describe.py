@@ -7,15 +7,24 @@ import torch
 from torch import Tensor
 
 from decoct.weights.base import FORMAT_VERSION, Weight
+from decoct.weights.binary import Binary
 from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
+from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
+from decoct.weights.ternary import Ternary
 
-WEIGHTS: dict[str, type[Weight]] = {cls.kind: cls for cls in (Dense, GroupInt, Masked, Sparse, LowRank, Sum, Shared)}
+WEIGHTS: dict[str, type[Weight]] = {
+    cls.kind: cls
+    for cls in (
+        Dense, GroupInt, Masked, Sparse, LowRank, Sum, Shared,
+        Binary, Ternary, SparseInt,
+    )
+}  # fmt: skip
 
 
 _DTYPES: dict[str, torch.dtype] = {

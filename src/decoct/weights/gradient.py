@@ -5,12 +5,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decoct.weights.base import Weight
+from decoct.weights.binary import Binary
 from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.sparse import Sparse
+from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
+from decoct.weights.ternary import Ternary
 
 
 def trainable(weight: Weight) -> dict[str, Tensor]:
@@ -36,6 +39,8 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
             return {"values": g}
         case GroupInt():
             return {"scale": _of_scale(weight, g)}
+        case Binary() | Ternary() | SparseInt():
+            return weight.pull_back(g)
         case Sparse():
             return {"values": g[weight.survivors()]}
         case Masked(inner=inner):
