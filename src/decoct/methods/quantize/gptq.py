@@ -8,12 +8,10 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from decoct.methods.base import LinearMethod, quantize_structure
+from decoct.ops.feedback import Elimination, GridRounding
 from decoct.ops.grid import Grid, check_grid, fit_grid, resolve_group_size, stored_scale_dtype
-from decoct.ops.linalg import inverse_factor
 from decoct.stats import Gram
 from decoct.weights import GroupInt, Weight
-
-_LEAF = 16  # columns rounded one by one before the rest is updated by a matrix product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +86,6 @@ def gptq_round(
 ) -> UInt8[Tensor, "out in"]:
     """Codes on `grid` that minimise tr((w - ŵ)·H·(w - ŵ)ᵀ) greedily, feature by feature.
 
-    Features are split in half recursively: the left half is rounded, its errors are pushed into the right half by one
-    matrix product, then the right half is rounded. That is GPTQ's update in another order of summation, and nearly
-    all of its work becomes large products.
-
     Args:
         w: float32.
         H: float32, symmetric; a feature that never fired has H_jj = 0 and is rounded to zero.
@@ -103,57 +97,6 @@ def gptq_round(
     Raises:
         ValueError: H is not finite or cannot be factored.
     """
-    H = H.clone()
-    diagonal = torch.diagonal(H)
-    dead = diagonal == 0
-    diagonal[dead] = 1.0
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(H.shape[0])
-    U = inverse_factor(H[order][:, order], damping).upper
-    features = w.masked_fill(dead, 0.0).T[order].contiguous()  # [in, out]: a feature's weights are contiguous
-    survivors = None if mask is None else mask.T[order].contiguous()
-    rounder = _Rounder(features, U, grid, order, survivors)
-    rounder.run(0, features.shape[0])
-    codes = torch.empty_like(rounder.codes)
-    codes[order] = rounder.codes
-    return codes.T.contiguous()
-
-
-class _Rounder:
-    """The state of one matrix's elimination; features are rows here."""
-
-    def __init__(self, features: Tensor, U: Tensor, grid: Grid, order: Tensor, survivors: Tensor | None) -> None:
-        self._features, self._U, self._survivors = features, U, survivors
-        group = order // grid.group_size
-        whole = grid.scale.shape[1] == 1
-        index = torch.zeros_like(group) if whole else group
-        self._scale = grid.scale.float().T.contiguous()
-        self._zero = None if grid.zero is None else grid.zero.float().T.contiguous()
-        self._middle = 2.0 ** (grid.bits - 1)
-        self._top = 2**grid.bits - 1
-        self._group: list[int] = index.tolist()
-        self._diagonal: list[float] = torch.diagonal(U).tolist()
-        self._errors = torch.empty_like(features)
-        self.codes = torch.empty(features.shape, dtype=torch.uint8)
-
-    def run(self, start: int, stop: int) -> None:
-        """Round features [start, stop), which already carry the errors of all before them."""
-        if stop - start <= _LEAF:
-            self._leaf(start, stop)
-            return
-        middle = start + (stop - start + 1) // 2
-        self.run(start, middle)
-        self._features[middle:stop].addmm_(self._U[start:middle, middle:stop].T, self._errors[start:middle], alpha=-1.0)
-        self.run(middle, stop)
-
-    def _leaf(self, start: int, stop: int) -> None:
-        for j in range(start, stop):
-            column, group = self._features[j], self._group[j]
-            scale = self._scale[group]
-            zero = self._middle if self._zero is None else self._zero[group]
-            step = column.div(scale).round_().clamp_(-zero, self._top - zero)  # the code, counted from zero
-            if self._survivors is not None:
-                step = torch.where(self._survivors[j], step, 0.0)
-            self.codes[j] = step + zero
-            error = torch.addcmul(column, step, scale, value=-1.0, out=self._errors[j]).div_(self._diagonal[j])
-            if j + 1 < stop:
-                self._features[j + 1 : stop].addr_(self._U[j, j + 1 : stop], error, alpha=-1.0)
+    rounding = GridRounding(grid, (w.shape[0], w.shape[1]), mask)
+    Elimination.of(H, damping=damping, act_order=act_order).run(w, rounding)
+    return rounding.finish()
