@@ -16,6 +16,7 @@ from decoct.weights import (
     Sum,
     Ternary,
     Weight,
+    scale_index,
 )
 from tests.reference.inputs import gaussian
 
@@ -63,14 +64,15 @@ def binary(
     salient: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Binary:
-    groups = -(-cols // group_size) * (2 if salient else 1)
+    second = mask(1, cols, 0.3, seed=16)[0] if salient else None
+    groups = int(scale_index(cols, group_size, second).max()) + 1
     return Binary.of(
         plane(rows, cols, groups, 11, dtype),
         group_size,
         dtype,
         residual=plane(rows, cols, groups, 13, dtype) if residual else None,
         columns=gaussian(cols, seed=15).abs().add(0.1).to(dtype) if columns else None,
-        salient=mask(1, cols, 0.3, seed=16)[0] if salient else None,
+        salient=second,
     )
 
 

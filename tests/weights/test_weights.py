@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decoct.ops.packing import packed_width, unpack_mask
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight, scale_index
 from tests.weights.samples import (
     IN,
     OUT,
@@ -255,10 +255,21 @@ def test_two_planes_are_four_values() -> None:
         assert {round(float(v), 5) for v in row} <= {round(float(s * a + t * b), 5) for s in (-1, 1) for t in (-1, 1)}
 
 
-def test_salient_features_have_scales_of_their_own() -> None:
+def test_salient_features_share_a_second_scale_in_the_groups_that_have_any() -> None:
     weight = binary(group_size=10, salient=True)
     assert weight.salient is not None
     salient = unpack_mask(weight.salient, IN)
-    for j in range(IN):
-        expected = weight.scale[:, j // 10 + (3 if salient[j] else 0)]
-        assert torch.equal(weight.unpack()[:, j].abs(), expected)
+    groups = [j // 10 for j in range(IN)]
+    with_salient = sorted({group for group, second in zip(groups, salient, strict=True) if second})
+    assert weight.scale.shape[1] == 3 + len(with_salient)
+    for j, group in enumerate(groups):
+        column = 3 + with_salient.index(group) if salient[j] else group
+        assert torch.equal(weight.unpack()[:, j].abs(), weight.scale[:, column])
+
+
+def test_a_group_without_salient_features_has_one_scale() -> None:
+    salient = torch.zeros(IN, dtype=torch.bool)
+    salient[[9, 23]] = True
+    assert scale_index(IN, 8, salient).tolist() == [0] * 8 + [1, 3] + [1] * 6 + [2] * 7 + [4]
+    assert scale_index(IN, 8).tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert scale_index(5, 8, torch.ones(5, dtype=torch.bool)).tolist() == [1] * 5

@@ -5,15 +5,23 @@ from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.prune.wanda import Wanda
 from decoct.methods.quantize.autoround import AutoRound
+from decoct.methods.quantize.billm import BiLLM
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.quantize.gptq import GPTQ
+from decoct.methods.quantize.onebit import OneBit
+from decoct.methods.quantize.pb_llm import PBLLM
 from decoct.methods.quantize.rtn import RTN
+from decoct.methods.quantize.ternary import Ternary
 
 METHODS: dict[str, type[LinearMethod] | type[LinearCorrection] | type[BlockMethod] | type[ModelMethod]] = {
     "rtn": RTN,
     "gptq": GPTQ,
     "autoround": AutoRound,
     "e2e_qp": E2EQP,
+    "billm": BiLLM,
+    "ternary": Ternary,
+    "pb_llm": PBLLM,
+    "onebit": OneBit,
     "wanda": Wanda,
     "svd_llm": SVDLLM,
     "eora": EoRA,

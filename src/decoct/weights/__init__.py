@@ -1,7 +1,7 @@
 """Weights as expressions: frozen, exactly sized, nested freely."""
 
 from decoct.weights.base import FORMAT_VERSION, Weight
-from decoct.weights.binary import Binary, Plane
+from decoct.weights.binary import Binary, Plane, scale_index
 from decoct.weights.dense import Dense
 from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
 from decoct.weights.gradient import pull_back, trainable
@@ -34,6 +34,7 @@ __all__ = [
     "described_dtype",
     "pull_back",
     "rebuild",
+    "scale_index",
     "tensor_specs",
     "trainable",
 ]

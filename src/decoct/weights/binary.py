@@ -26,6 +26,22 @@ class Plane:
     scale: Float[Tensor, "out groups"]
 
 
+def scale_index(
+    width: int, group_size: int, salient: Bool[Tensor, "in"] | None = None, device: torch.device | None = None
+) -> Int[Tensor, "in"]:
+    """Which scale each input feature has: that of its group or, if it is salient, its group's second one.
+
+    Second scales come after all first ones, in order, and only for the groups that have salient features.
+    """
+    group = torch.arange(width, device=device) // group_size
+    if salient is None:
+        return group
+    groups = -(-width // group_size)
+    second = torch.zeros(groups, dtype=torch.long, device=device)
+    second[group[salient]] = 1
+    return torch.where(salient, groups + second.cumsum(0)[group] - 1, group)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Binary(Weight):
     """value = (sign * scale + residual sign * residual scale) * column factor; the last two are optional.
@@ -35,11 +51,12 @@ class Binary(Weight):
 
     Attributes:
         signs: bitmap, uint8 [out, ceil(in / 8)]; a set bit is +1.
-        scale: [out, groups]; [out, 2 * groups] if there are salient features, theirs after the others'.
+        scale: [out, groups], and after them one more for each group that has salient features.
         residual: the second plane, like `signs`; or None.
         residual_scale: like `scale`; or None.
         columns: [in], a factor for each input feature; or None.
-        salient: bitmap of the features that have scales of their own, uint8 [ceil(in / 8)]; or None.
+        salient: bitmap of the features that share a scale of their own within their group, uint8 [ceil(in / 8)]; or
+            None.
         group_size: consecutive input features that share a scale; the last group may be shorter.
     """
 
@@ -114,10 +131,8 @@ class Binary(Weight):
 
     def _scale_index(self) -> Int[Tensor, "in"]:
         """Which scale each input feature has."""
-        index = torch.arange(self.shape[1], device=self.signs.device) // self.group_size
-        if self.salient is not None:
-            index += unpack_mask(self.salient, self.shape[1]) * (self.scale.shape[1] // 2)
-        return index
+        salient = None if self.salient is None else unpack_mask(self.salient, self.shape[1])
+        return scale_index(self.shape[1], self.group_size, salient, self.signs.device)
 
     def _plane(self, signs: Tensor, scale: Tensor, rows: Tensor | slice, index: Tensor) -> Tensor:
         size = scale[rows].float()
