@@ -5,17 +5,22 @@ import torch
 from decoct.ops.grid import fit_grid, quantize
 from decoct.ops.two_level import fit_two_level
 from decoct.weights import (
+    Binary,
     Codebook,
     Columns,
     Dense,
     GroupInt,
     LowRank,
     Masked,
+    Plane,
     Shared,
     Sparse,
+    SparseInt,
     Sum,
+    Ternary,
     TwoLevelInt,
     Weight,
+    scale_index,
 )
 from tests.reference.inputs import gaussian
 
@@ -46,6 +51,48 @@ def group_int(
 
 def sparse(keep: float = 0.5, dtype: torch.dtype = torch.float32) -> Sparse:
     return Sparse.of(gaussian(OUT, IN, seed=4, dtype=dtype), mask(keep=keep))
+
+
+def plane(rows: int, cols: int, groups: int, seed: int, dtype: torch.dtype) -> Plane:
+    scale = gaussian(rows, groups, seed=seed + 1).abs() + 0.1
+    return Plane(gaussian(rows, cols, seed=seed) >= 0, scale.to(dtype))
+
+
+def binary(
+    rows: int = OUT,
+    cols: int = IN,
+    *,
+    group_size: int = IN,
+    residual: bool = False,
+    columns: bool = False,
+    salient: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Binary:
+    second = mask(1, cols, 0.3, seed=16)[0] if salient else None
+    groups = int(scale_index(cols, group_size, second).max()) + 1
+    return Binary.of(
+        plane(rows, cols, groups, 11, dtype),
+        group_size,
+        dtype,
+        residual=plane(rows, cols, groups, 13, dtype) if residual else None,
+        columns=gaussian(cols, seed=15).abs().add(0.1).to(dtype) if columns else None,
+        salient=second,
+    )
+
+
+def ternary(
+    rows: int = OUT, cols: int = IN, group_size: int = 8, scales: int = OUT, dtype: torch.dtype = torch.float32
+) -> Ternary:
+    trits = torch.randint(-1, 2, (rows, cols), generator=torch.Generator().manual_seed(17), dtype=torch.int8)
+    return Ternary.of(trits, (gaussian(scales, cols // group_size, seed=18).abs() + 0.1).to(dtype), group_size, dtype)
+
+
+def sparse_int(
+    keep: float, bits: int = 4, groups: int = 3, rows: int = OUT, cols: int = IN, dtype: torch.dtype = torch.float32
+) -> SparseInt:
+    codes = torch.randint(0, 2**bits, (rows, cols), generator=torch.Generator().manual_seed(19), dtype=torch.uint8)
+    scale = (gaussian(rows, groups, seed=20).abs() + 0.1).to(dtype)
+    return SparseInt.of(codes, mask(rows, cols, keep, seed=21), scale, bits, dtype)
 
 
 def low_rank(dtype: torch.dtype = torch.float32) -> LowRank:
@@ -111,6 +158,24 @@ def samples() -> dict[str, Weight]:
             Masked.of(group_int(), mask()), LowRank.of(group_int(OUT, RANK, seed=1), group_int(RANK, IN, seed=2))
         ),
         "masked(int)": Masked.of(group_int(symmetric=False, dtype=half), mask()),
+        "binary": binary(),
+        "binary-8-bf16": binary(group_size=8, dtype=half),
+        "binary-ragged-residual": binary(group_size=10, residual=True),
+        "binary-salient-residual-bf16": binary(group_size=10, residual=True, salient=True, dtype=half),
+        "binary-columns": binary(columns=True),
+        "binary-everything": binary(group_size=7, residual=True, columns=True, salient=True),
+        "binary-one-row": binary(1, IN, group_size=8),
+        "ternary": ternary(),
+        "ternary-channel-bf16": ternary(group_size=IN, dtype=half),
+        "ternary-tensor": ternary(group_size=IN, scales=1),
+        "ternary-one-row": ternary(1, IN, 8, 1),
+        "sparse_int-gaps": sparse_int(0.1),
+        "sparse_int-bitmap-bf16": sparse_int(0.6, 8, 1, dtype=half),
+        "sparse_int-empty": sparse_int(0.0),
+        "sparse_int-full": sparse_int(1.0, 3),
+        "sum(binary,sparse_int)": Sum.of(binary(group_size=8), sparse_int(0.1, 8, 1)),
+        "masked(ternary)": Masked.of(ternary(), mask()),
+        "low_rank(binary,ternary)": LowRank.of(binary(OUT, RANK, group_size=RANK), ternary(RANK, IN, 8, RANK)),
         "one-row": group_int(1, IN, 3, symmetric=False),
     }
     for bits in range(2, 9):

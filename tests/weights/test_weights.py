@@ -5,9 +5,22 @@ import dataclasses
 import pytest
 import torch
 
-from decoct.ops.packing import packed_width
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight
-from tests.weights.samples import IN, OUT, RANK, dense, group_int, low_rank, mask, samples, sparse
+from decoct.ops.packing import packed_width, unpack_mask
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight, scale_index
+from tests.weights.samples import (
+    IN,
+    OUT,
+    RANK,
+    binary,
+    dense,
+    group_int,
+    low_rank,
+    mask,
+    samples,
+    sparse,
+    sparse_int,
+    ternary,
+)
 
 SAMPLES = samples()
 EVERY = pytest.mark.parametrize("weight", SAMPLES.values(), ids=SAMPLES.keys())
@@ -37,7 +50,9 @@ def test_unpack_rows_gives_rows_of_unpack(weight: Weight) -> None:
             check_rows(weight, weight.unpack_rows(rows, dtype), whole[rows])
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse-bitmap", "masked(int)", "low_rank-bf16", "int3-8-sym", "int4-8-sym"])
+@pytest.mark.parametrize(
+    "name", ["dense", "sparse-bitmap", "masked(int)", "low_rank-bf16", "int3-8-sym", "int4-8-sym", "ternary", "binary"]
+)
 def test_no_rows_are_no_rows(name: str) -> None:
     for rows in (slice(4, 4), torch.zeros(0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)):
         check_rows(SAMPLES[name], SAMPLES[name].unpack_rows(rows), SAMPLES[name].unpack()[rows])
@@ -207,3 +222,54 @@ def test_every_kind_is_sampled() -> None:
     assert {node.kind for weight in SAMPLES.values() for node in weight.walk()} == set(WEIGHTS)
     assert all(cls.kind == cls.__name__ == name for name, cls in WEIGHTS.items())
     assert GroupInt.kind in WEIGHTS
+
+
+def test_signs_cost_one_bit_and_trits_eight_fifths() -> None:
+    half = torch.bfloat16
+    assert binary(64, 128, group_size=128, dtype=half).nbytes == 64 * (128 // 8 + 2)
+    assert binary(64, 128, group_size=32, residual=True, dtype=half).nbytes == 2 * 64 * (128 // 8 + 4 * 2)
+    assert binary(64, 128, group_size=128, columns=True, dtype=half).nbytes == 64 * 128 // 8 + 2 * (64 + 128)
+    assert binary(64, 128, group_size=50, residual=True, salient=True, dtype=half).nbytes == (
+        2 * 64 * (128 // 8 + 2 * 3 * 2) + 128 // 8
+    )
+    assert ternary(64, 160, 32, 64, half).nbytes == 64 * (160 // 5 + 5 * 2)
+    assert ternary(64, 160, 160, 1, half).nbytes == 64 * 32 + 2
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.1, 0.3, 0.9])
+def test_few_integers_cost_their_codes_and_positions_below_a_bitmap(keep: float) -> None:
+    weight = sparse_int(keep, 8, 1, 64, 512, torch.bfloat16)
+    positions = weight.gaps if weight.bitmap is None else weight.bitmap
+    assert positions is not None
+    assert positions.nbytes <= 64 * 512 // 8
+    assert weight.nbytes == weight.count + positions.nbytes + 64 * 2
+    assert (weight.gaps is None) == (keep > 0.5)
+    assert torch.equal(weight.survivors(), mask(64, 512, keep, seed=21))
+
+
+def test_two_planes_are_four_values() -> None:
+    weight = binary(group_size=IN, residual=True)
+    assert weight.planes == 2
+    assert weight.residual_scale is not None
+    for row, a, b in zip(weight.unpack(), weight.scale, weight.residual_scale, strict=True):
+        assert {round(float(v), 5) for v in row} <= {round(float(s * a + t * b), 5) for s in (-1, 1) for t in (-1, 1)}
+
+
+def test_salient_features_share_a_second_scale_in_the_groups_that_have_any() -> None:
+    weight = binary(group_size=10, salient=True)
+    assert weight.salient is not None
+    salient = unpack_mask(weight.salient, IN)
+    groups = [j // 10 for j in range(IN)]
+    with_salient = sorted({group for group, second in zip(groups, salient, strict=True) if second})
+    assert weight.scale.shape[1] == 3 + len(with_salient)
+    for j, group in enumerate(groups):
+        column = 3 + with_salient.index(group) if salient[j] else group
+        assert torch.equal(weight.unpack()[:, j].abs(), weight.scale[:, column])
+
+
+def test_a_group_without_salient_features_has_one_scale() -> None:
+    salient = torch.zeros(IN, dtype=torch.bool)
+    salient[[9, 23]] = True
+    assert scale_index(IN, 8, salient).tolist() == [0] * 8 + [1, 3] + [1] * 6 + [2] * 7 + [4]
+    assert scale_index(IN, 8).tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert scale_index(5, 8, torch.ones(5, dtype=torch.bool)).tolist() == [1] * 5

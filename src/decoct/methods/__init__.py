@@ -15,14 +15,18 @@ from decoct.methods.prune.wanda import Wanda
 from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.awq import AWQ
 from decoct.methods.quantize.awq_clip import AWQClip
+from decoct.methods.quantize.billm import BiLLM
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
+from decoct.methods.quantize.onebit import OneBit
 from decoct.methods.quantize.owq import OWQ
+from decoct.methods.quantize.pb_llm import PBLLM
 from decoct.methods.quantize.rtn import RTN
 from decoct.methods.quantize.smoothquant import SmoothQuant
 from decoct.methods.quantize.spqr import SpQR
 from decoct.methods.quantize.squeezellm import SqueezeLLM
+from decoct.methods.quantize.ternary import Ternary
 
 AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod
 
@@ -38,6 +42,10 @@ METHODS: dict[str, type[AnyMethod]] = {
     "owq": OWQ,
     "autoround": AutoRound,
     "e2e_qp": E2EQP,
+    "billm": BiLLM,
+    "ternary": Ternary,
+    "pb_llm": PBLLM,
+    "onebit": OneBit,
     "wanda": Wanda,
     "svd_llm": SVDLLM,
     "eora": EoRA,

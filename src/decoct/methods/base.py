@@ -16,13 +16,15 @@ from decoct.weights import Dense, LowRank, Masked, Shared, Sparse, Weight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearMethod(ABC):
-    """Compresses one matrix at a time. Subclasses are frozen dataclasses; their fields are the recipe's keys.
+    """Compresses one matrix at a time. Subclasses are frozen dataclasses; their fields are the recipe's keys."""
 
-    Attributes:
-        stat: the statistic of the layer's inputs that it needs, or None if it needs no data.
-    """
+    @property
+    def stat(self) -> type[Any] | None:
+        """The statistic of the layer's inputs that it needs, or None if it needs no data.
 
-    stat: ClassVar[type[Any] | None] = None
+        A class variable in most subclasses; a property where the settings decide.
+        """
+        return None
 
     @abstractmethod
     def compress(self, weight: Weight, stat: Any) -> Weight:

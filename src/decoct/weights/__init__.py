@@ -1,6 +1,7 @@
 """Weights as expressions: frozen, exactly sized, nested freely."""
 
 from decoct.weights.base import FORMAT_VERSION, Weight
+from decoct.weights.binary import Binary, Plane, scale_index
 from decoct.weights.codebook import Codebook
 from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
@@ -11,21 +12,27 @@ from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
+from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
+from decoct.weights.ternary import Ternary
 from decoct.weights.two_level_int import TwoLevelInt
 
 __all__ = [
     "FORMAT_VERSION",
     "WEIGHTS",
+    "Binary",
     "Codebook",
     "Columns",
     "Dense",
     "GroupInt",
     "LowRank",
     "Masked",
+    "Plane",
     "Shared",
     "Sparse",
+    "SparseInt",
     "Sum",
+    "Ternary",
     "TwoLevelInt",
     "Weight",
     "check_version",
@@ -33,6 +40,7 @@ __all__ = [
     "described_dtype",
     "pull_back",
     "rebuild",
+    "scale_index",
     "tensor_specs",
     "trainable",
 ]

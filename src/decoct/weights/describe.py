@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from decoct.weights.base import FORMAT_VERSION, Weight
+from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
 from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
@@ -15,12 +16,18 @@ from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
+from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
+from decoct.weights.ternary import Ternary
 from decoct.weights.two_level_int import TwoLevelInt
 
 WEIGHTS: dict[str, type[Weight]] = {
-    cls.kind: cls for cls in (Dense, GroupInt, TwoLevelInt, Codebook, Masked, Sparse, Columns, LowRank, Sum, Shared)
-}
+    cls.kind: cls
+    for cls in (
+        Dense, GroupInt, TwoLevelInt, Codebook, Masked, Sparse, Columns, LowRank, Sum, Shared,
+        Binary, Ternary, SparseInt,
+    )
+}  # fmt: skip
 
 
 _DTYPES: dict[str, torch.dtype] = {

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from decoct.ops.grid import Grid, dequantize
 from decoct.weights.base import Weight
+from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
 from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
@@ -13,7 +14,9 @@ from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.sparse import Sparse
+from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
+from decoct.weights.ternary import Ternary
 from decoct.weights.two_level_int import TwoLevelInt
 
 
@@ -36,6 +39,8 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
     """
     g = gradient.float()
     match weight:
+        case Binary() | Ternary() | SparseInt():
+            return weight.pull_back(g)
         case Masked(inner=inner):
             return _named("inner", pull_back(inner, g * weight.survivors()))
         case LowRank(left=left, right=right):
