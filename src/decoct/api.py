@@ -104,7 +104,11 @@ def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: anything wrong with it.
     """
-    several = [recipe] if isinstance(recipe, str | Path | dict) else list(recipe)
+    several = [recipe] if isinstance(recipe, str | Path | dict) or not isinstance(recipe, Sequence) else list(recipe)
+    if not all(isinstance(each, str | Path | dict) for each in several):
+        raise RecipeError(f"a recipe is a file, a preset's name, a mapping, or a list of these, not {recipe!r}")
+    if isinstance(settings, str):
+        raise RecipeError(f"settings are a list of texts such as ['gptq.bits=3'], not {settings!r}")
     if not several:
         raise RecipeError("give a recipe file or a preset; `decoct methods` lists presets")
     values = [each if isinstance(each, dict) else read_recipe(each) for each in several]

@@ -97,9 +97,9 @@ def compress(
     """Compress a model. Interrupted at any point, the same command goes on where it was."""
     import decoct
 
-    if out is None:
-        raise typer.BadParameter("say where the result goes: -o OUT", param_hint="-o / --out")
     with _errors(json=json, resumable=True):
+        if out is None:
+            raise typer.BadParameter("say where the result goes: -o OUT", param_hint="-o / --out")
         chosen, changes = _recipe(recipe, preset, settings, data, memory)
         with Console.for_stderr().progress() as watch:
             result = decoct.compress(model, chosen, out, settings=changes, fresh=fresh, watch=watch)
@@ -249,6 +249,10 @@ def _errors(*, json: bool, resumable: bool = False) -> Iterator[None]:
     again = "; nothing finished is lost: run the same command again to go on" if resumable else ""
     try:
         yield
+    except typer.BadParameter as error:
+        if not json:
+            raise  # Typer adds how the command is used
+        fail(error.format_message(), 2, json=True)
     except KeyboardInterrupt:
         fail(f"stopped{again}", 1, json=json)
     except MemoryError:

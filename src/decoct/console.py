@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from decoct.api import Inspection, MethodInfo
     from decoct.engine.compress import Watch
     from decoct.engine.plan import Plan
-    from decoct.engine.rules import Method
     from decoct.engine.stages import RecipePlan
     from decoct.engine.stream import Event
     from decoct.engine.summary import Result
     from decoct.evaluation import Measurement
-    from decoct.methods import BlockMethod, ModelMethod
+    from decoct.methods import AnyMethod
 
 _SHOWN = ("bits", "group_size", "sparsity", "keep", "rank", "num_steps", "learning_rate")  # settings in a plan's table
 _STEP_LINES = 16  # of a stage that takes many steps, that many get a line of their own
@@ -231,7 +230,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _method(method: "Method | BlockMethod | ModelMethod") -> str:
+def _method(method: "AnyMethod") -> str:
     from decoct.recipe import method_settings
 
     ((name, settings),) = method_settings(method).items()

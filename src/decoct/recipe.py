@@ -96,7 +96,7 @@ def parse_recipe(value: dict[str, Any]) -> Recipe:
         stages=tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages)),
         data=_settings(Data, value.get("data"), "data"),
         budget=_settings(Budget, value.get("budget"), "budget"),
-        export=(export,) if isinstance(export, str) else tuple(str(item) for item in export),
+        export=_strings(export, "export"),
     )
 
 
@@ -171,7 +171,8 @@ def _stage(value: Any, where: str) -> Stage:
         return ModelStage(method, method_settings(method))
     if kind != "blocks":
         if kind in METHODS:
-            raise RecipeError(f"{where}: {kind} works inside a streamed pass; write {{blocks: [{{…: {{{kind}: …}}}}]}}")
+            step = f"{{{kind}: …}}" if kind in _BLOCK_METHODS else f"{{linear: {{{kind}: …}}}}"
+            raise RecipeError(f"{where}: {kind} works inside a streamed pass; write {{blocks: [{step}]}}")
         raise RecipeError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks', *_MODEL_METHODS])}")
     if not isinstance(inner, list) or not inner:
         raise RecipeError(f"{where}.blocks must be a list of steps, such as [{{linear: {{gptq: {{bits: 4}}}}}}]")
@@ -185,6 +186,8 @@ def _step(value: Any, where: str) -> StepRules:
         if kind not in METHODS:
             raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear', *_BLOCK_METHODS])}")
         method = build_method(kind, inner, where)
+        if isinstance(method, ModelMethod):
+            raise RecipeError(f"{where}: {kind} works on the whole model; write it as a stage of its own")
         if not isinstance(method, BlockMethod | EdgeScaling):
             raise RecipeError(f"{where}: {kind} works on single matrices; write {{linear: {{{kind}: …}}}}")
         return method
@@ -203,7 +206,7 @@ def _rule(value: Any, where: str) -> Rule:
     if len(names) != (0 if leave else 1):
         raise RecipeError(f"{where}: give exactly one method, or leave: true (found {', '.join(names) or 'none'})")
     match = value.get("match", "*")
-    patterns = (match,) if isinstance(match, str) else tuple(str(item) for item in match)
+    patterns = _strings(match, f"{where}.match")
     share = _typed(float, value.get("min_share", 0.0), f"{where}.min_share")
     method = None if leave else build_method(names[0], value[names[0]], where)
     if isinstance(method, BlockMethod | EdgeScaling):
@@ -223,6 +226,14 @@ def _rule_settings(rule: Rule) -> dict[str, Any]:
     return {"match": list(rule.match), **share, **method}
 
 
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    """One text or a list of them."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise RecipeError(f"{where}: expected a text or a list of texts, not {value!r}")
+    return tuple(found)
+
+
 def _single(value: Any, where: str) -> tuple[str, Any]:
     if not isinstance(value, dict) or len(value) != 1:
         raise RecipeError(f"{where} must have exactly one key, not {value!r}")
@@ -239,7 +250,7 @@ def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}.{place}: {first['msg']}") from None
+        raise RecipeError(f"{where}.{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -61,6 +61,21 @@ def test_the_model_computes_the_same(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(runner.logits(hidden, head), reference(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
+def test_norms_after_the_sublayer_take_no_scales(tmp_path: Path) -> None:
+    """OPT-350m's layout: its gains write the residual stream, which others read too."""
+    save_model("opt", tmp_path, do_layer_norm_before=False)
+    assert [each.edge for each in folds(open_model(tmp_path))] == ["attn_mid"]
+
+
+def test_a_gain_that_the_dtype_cannot_hold_is_left_alone() -> None:
+    gain = torch.tensor([2e-4, 8.0, 1.0, 0.0], dtype=torch.float16)
+    w = Dense.of(torch.ones(1, 4))
+    block = Block("block 0", {}, {"0.r": w}, {"0.r": w}, {"e": {}}, vectors={"0.n.weight": gain}, prefix="0.")
+    made = fold(block, Fold("e", ("r",), Norm("n.weight", "e"), None, 4), torch.tensor([1e4, 1e-4, 2.0, 3.0]))
+    product = made.vectors["0.n.weight"].float() * made.weights["0.r"].unpack()[0]
+    torch.testing.assert_close(product, gain.float(), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("kind", STATS)
 def test_a_scaled_statistic_is_that_of_scaled_inputs(kind: Any) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +118,7 @@ AWQ = {"awq": {"bits": 4, "group_size": 8}}
 
 def test_norms_that_took_scales_are_saved(tmp_path: Path) -> None:
     base = make_base(tmp_path, "llama")
-    result = run(base, tmp_path / "out", AWQ, RTN)
+    result = run(base, tmp_path / "out", {"smoothquant": {}}, RTN)
     name = "model.layers.1.input_layernorm.weight"
     before = open_model(base).tensor(name)
     assert not torch.equal(open_model(result.folder).tensor(name), before)

@@ -1,6 +1,6 @@
 """GPT-2, OPT and GPT-NeoX: LayerNorm, biases, an MLP without a gate."""
 
-from decoct.arch.parts import attention
+from decoct.arch.parts import attention, pre_norms
 from decoct.arch.schema import Config, Family, Norm, Slot
 
 
@@ -22,6 +22,13 @@ def _opt(_: Config) -> tuple[Slot, ...]:
     )
 
 
+def _opt_norms(config: Config) -> tuple[Norm, ...]:
+    """The smallest OPT but one normalises after each sublayer: there a gain writes the residual stream itself."""
+    if not config.get("do_layer_norm_before", True):
+        return ()
+    return Norm("self_attn_layer_norm.weight", "attn_in"), Norm("final_layer_norm.weight", "mlp_in")
+
+
 def _gpt_neox(_: Config) -> tuple[Slot, ...]:
     return (
         Slot("attention.query_key_value.weight", "attn.qkv", "attn_in", "qkv"),
@@ -35,7 +42,7 @@ GPT2 = Family(
     "gpt2",
     ("gpt2",),
     _gpt2,
-    (Norm("ln_1.weight", "attn_in"), Norm("ln_2.weight", "mlp_in")),
+    lambda _: (Norm("ln_1.weight", "attn_in"), Norm("ln_2.weight", "mlp_in")),
     blocks="transformer.h",
     embed="transformer.wte.weight",
     num_blocks_key="n_layer",
@@ -45,7 +52,7 @@ OPT = Family(
     "opt",
     ("opt",),
     _opt,
-    (Norm("self_attn_layer_norm.weight", "attn_in"), Norm("final_layer_norm.weight", "mlp_in")),
+    _opt_norms,
     blocks="model.decoder.layers",
     embed="model.decoder.embed_tokens.weight",
 )
@@ -53,7 +60,7 @@ GPT_NEOX = Family(
     "gpt_neox",
     ("gpt_neox",),
     _gpt_neox,
-    (Norm("input_layernorm.weight", "attn_in"), Norm("post_attention_layernorm.weight", "mlp_in")),
+    pre_norms,
     blocks="gpt_neox.layers",
     embed="gpt_neox.embed_in.weight",
     head="embed_out.weight",

@@ -1,6 +1,6 @@
 """Llama and what shares its block: Mistral, Qwen2, Qwen3, OLMo-2 (norms after), Gemma 2 and 3, Phi-3 (fused)."""
 
-from decoct.arch.parts import PRE_NORMS, attention, gated_mlp, llama_like
+from decoct.arch.parts import attention, gated_mlp, llama_like, pre_norms
 from decoct.arch.schema import Config, Family, Norm, Slot
 
 
@@ -19,16 +19,18 @@ def _phi3(_: Config) -> tuple[Slot, ...]:
     )
 
 
-_GEMMA_NORMS = (
-    Norm("input_layernorm.weight", "attn_in", offset=1.0),
-    Norm("pre_feedforward_layernorm.weight", "mlp_in", offset=1.0),
-)
+def _gemma_norms(_: Config) -> tuple[Norm, ...]:
+    return (
+        Norm("input_layernorm.weight", "attn_in", offset=1.0),
+        Norm("pre_feedforward_layernorm.weight", "mlp_in", offset=1.0),
+    )
 
-LLAMA = Family("llama", ("llama",), llama_like, PRE_NORMS)
-MISTRAL = Family("mistral", ("mistral", "ministral"), llama_like, PRE_NORMS)
-QWEN2 = Family("qwen2", ("qwen2",), llama_like, PRE_NORMS)
-QWEN3 = Family("qwen3", ("qwen3",), llama_like, PRE_NORMS)
-GEMMA2 = Family("gemma2", ("gemma2",), llama_like, _GEMMA_NORMS)
-GEMMA3 = Family("gemma3", ("gemma3_text",), llama_like, _GEMMA_NORMS)
+
+LLAMA = Family("llama", ("llama",), llama_like, pre_norms)
+MISTRAL = Family("mistral", ("mistral", "ministral"), llama_like, pre_norms)
+QWEN2 = Family("qwen2", ("qwen2",), llama_like, pre_norms)
+QWEN3 = Family("qwen3", ("qwen3",), llama_like, pre_norms)
+GEMMA2 = Family("gemma2", ("gemma2",), llama_like, _gemma_norms)
+GEMMA3 = Family("gemma3", ("gemma3_text",), llama_like, _gemma_norms)
 OLMO2 = Family("olmo2", ("olmo2",), _post_norm)
-PHI3 = Family("phi3", ("phi3",), _phi3, PRE_NORMS)
+PHI3 = Family("phi3", ("phi3",), _phi3, pre_norms)

@@ -1,7 +1,7 @@
 """Mixtral and Qwen3-MoE: each expert's matrices are slots of their own, the router is protected."""
 
-from decoct.arch.parts import PRE_NORMS, attention, experts, gated_mlp
-from decoct.arch.schema import Config, Family, Slot
+from decoct.arch.parts import attention, experts, gated_mlp, pre_norms
+from decoct.arch.schema import Config, Family, Norm, Slot
 
 
 def _mixtral(config: Config) -> tuple[Slot, ...]:
@@ -26,8 +26,10 @@ def _num_experts(config: Config) -> int:
     return int(config["num_local_experts"] if "num_local_experts" in config else config["num_experts"])
 
 
-# Every expert and the router read what the second norm writes: only the first can take over scales of its edge.
-_NORMS = PRE_NORMS[:1]
+def _first_norm(config: Config) -> tuple[Norm, ...]:
+    """Every expert and the router read what the second norm writes: only the first can take over scales."""
+    return pre_norms(config)[:1]
 
-MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, _NORMS, renames=((".block_sparse_moe.", ".mlp."),))
-QWEN3_MOE = Family("qwen3_moe", ("qwen3_moe",), _qwen3_moe, _NORMS)
+
+MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, _first_norm, renames=((".block_sparse_moe.", ".mlp."),))
+QWEN3_MOE = Family("qwen3_moe", ("qwen3_moe",), _qwen3_moe, _first_norm)

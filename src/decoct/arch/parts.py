@@ -2,7 +2,10 @@
 
 from decoct.arch.schema import Config, Norm, Slot
 
-PRE_NORMS = (Norm("input_layernorm.weight", "attn_in"), Norm("post_attention_layernorm.weight", "mlp_in"))
+
+def pre_norms(_: Config) -> tuple[Norm, ...]:
+    """A norm before attention, another before the MLP, the residual stream around both."""
+    return Norm("input_layernorm.weight", "attn_in"), Norm("post_attention_layernorm.weight", "mlp_in")
 
 
 def attention(prefix: str = "self_attn.", out: str = "o_proj", reads: str = "attn_in") -> tuple[Slot, ...]:

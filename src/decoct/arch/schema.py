@@ -64,7 +64,7 @@ class Family:
         slots: the slots of one block, from the config.
         embed: full name of the token embedding.
         head: full name of the output projection in the checkpoint.
-        norms: the norms of one block.
+        norms: the norms of one block that write one edge and nothing else, from the config.
         renames: (part of a checkpoint name, the same part in transformers' module), where the two differ.
         num_blocks_key: the config's key for the number of blocks.
     """
@@ -72,7 +72,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     slots: Callable[[Config], tuple[Slot, ...]]
-    norms: tuple[Norm, ...] = ()
+    norms: Callable[[Config], tuple[Norm, ...]] = lambda _: ()
     blocks: str = "model.layers"
     embed: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"

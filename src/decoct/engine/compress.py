@@ -111,7 +111,7 @@ def _run_stage(
     tokens = tokens if plan.needs_data else None
     entry: dict[str, Any] = {
         "decoct": __version__,
-        "source": {"label": Path(model.source.label).name, "fingerprint": _short(model.source.fingerprint())},
+        "source": {"label": Path(job.model.source.label).name, "fingerprint": _short(model.source.fingerprint())},
         "stage": stage.description,
         "data": None if tokens is None else _data_record(job.data, tokens),
         "compute_dtype": str(plan.dtype).removeprefix("torch."),

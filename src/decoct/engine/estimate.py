@@ -23,6 +23,7 @@ class Work:
         model: what is compressed.
         chains: each slot's methods.
         scalings: steps that rescale edges.
+        paired: whether a second chain of hidden states runs.
         data: calibration; None if nothing needs any.
         dtype: what blocks run in.
     """
@@ -30,6 +31,7 @@ class Work:
     model: Model
     chains: Chains
     scalings: tuple[EdgeScaling, ...]
+    paired: bool
     data: Data | None
     dtype: torch.dtype
 
@@ -40,7 +42,7 @@ def peak_part(work: Work) -> int:
 
 
 def time_taken(work: Work) -> float:
-    """Seconds: two forward passes, the statistics, and the methods' own work, at the rate that products reach here."""
+    """Seconds: the forward passes, the statistics, and the methods' own work, at the rate that products reach here."""
     model, chains, data = work.model, work.chains, work.data
     solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in linear(methods))
     solving += sum(folding_operations(model, step) for step in work.scalings)
@@ -52,7 +54,9 @@ def time_taken(work: Work) -> float:
         squares = sum(width**2 for width in _edge_widths(model).values()) * model.num_blocks
         whole = {m for methods in chains.values() for m in methods if isinstance(m, BlockMethod)}
         learning = sum(m.operations(entries, data.num_sequences, data.sequence_length) for m in whole)
-        seconds += learning / (0.4 * rate) + data.num_tokens * (4 * entries / (0.6 * rate) + squares / full)
+        passes = 3 if work.paired else 2  # with a second chain, of the model as it was
+        seconds += learning / (0.4 * rate)
+        seconds += data.num_tokens * (2 * passes * entries / (0.6 * rate) + squares / full)
     return float(seconds)
 
 
@@ -77,7 +81,10 @@ def _block(work: Work) -> int:
         *(step.workspace(shape) for step in work.scalings for shape in stacked),
         0,
     )
-    return needed + workspace + _statistics(work) + entries * work.dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
+    running = entries * work.dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
+    copies = 1 + bool(work.scalings)  # a rescaled block and its statistics stand beside what they were
+    needed += entries * model.dtype.itemsize * (copies - 1)
+    return needed + workspace + copies * _statistics(work) + running
 
 
 def _statistics(work: Work) -> int:

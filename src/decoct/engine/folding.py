@@ -63,7 +63,7 @@ class Fold:
 def folds(model: Model) -> tuple[Fold, ...]:
     """The edges of a model's blocks whose channels can be rescaled, in the order in which a block computes them."""
     prefix = model.prefix(0)
-    norms = {norm.writes: norm for norm in model.family.norms}
+    norms = {norm.writes: norm for norm in model.family.norms(model.config)}
     carriers = {slot.carries: slot.name for slot in model.block_slots if slot.carries is not None}
     found = []
     for name, edge in edges(model.block_slots).items():
@@ -145,7 +145,9 @@ def _divided(gain: Tensor, scale: Tensor, offset: float) -> tuple[Tensor, Tensor
     before = gain.float() + offset
     new = (before / scale - offset).to(gain.dtype)
     after = new.float() + offset
-    return new, torch.where(after == 0, scale, before / after)
+    fits = torch.isfinite(after) & ((after != 0) | (before == 0))  # else the dtype cannot hold it: leave it alone
+    exact = torch.where(before == 0, scale, before / torch.where(fits & (after != 0), after, before))
+    return torch.where(fits, new, gain), exact
 
 
 def _multiplied(factor: Tensor) -> Callable[[Weight], Weight]:

@@ -9,9 +9,10 @@ import torch
 from decoct.engine.budget import Budget, compute_dtype, format_size, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
-from decoct.engine.rehearse import Chain, Chains, Rehearsal, Steps, rehearse
-from decoct.engine.rules import Method, Resolved, Rule, assign, is_paired
-from decoct.methods import BlockMethod, EdgeScaling, ModelMethod
+from decoct.engine.folding import touched
+from decoct.engine.rehearse import Chains, Rehearsal, Steps, rehearse
+from decoct.engine.rules import Resolved, Rule, assign, is_paired
+from decoct.methods import AnyMethod, BlockMethod, EdgeScaling
 from decoct.model import Model
 from decoct.weights import tensor_specs
 
@@ -24,12 +25,12 @@ MARGIN = 1.1  # allocators keep some of what was freed
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Slots of one role that get the same treatment."""
+    """Slots of one role that get the same treatment, rescaling included."""
 
     role: str
     count: int
     parameters: int
-    methods: tuple[Method | BlockMethod | ModelMethod, ...]
+    methods: tuple[AnyMethod, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def make_plan(
         check_length(data, model)
     if dtype is None:
         dtype = compute_dtype(model.dtype) if needs_data else model.dtype
-    work = Work(model, chains, scalings, data if needs_data else None, dtype)
+    work = Work(model, chains, scalings, paired, data if needs_data else None, dtype)
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
     working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
@@ -121,7 +122,7 @@ def make_plan(
     return Plan(
         kind="blocks",
         steps=resolved,
-        groups=_groups(model, chains),
+        groups=_groups(model, chains, scalings),
         num_parameters=model.num_parameters,
         needs_data=needs_data,
         dtype=dtype,
@@ -162,11 +163,12 @@ def _reals(model: Model, rehearsal: Rehearsal) -> dict[str, int]:
     return found
 
 
-def _groups(model: Model, chains: Chains) -> tuple[Group, ...]:
-    counts: Counter[tuple[str, Chain]] = Counter()
-    sizes: Counter[tuple[str, Chain]] = Counter()
+def _groups(model: Model, chains: Chains, scalings: tuple[EdgeScaling, ...]) -> tuple[Group, ...]:
+    counts: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
+    sizes: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
+    rescaled = touched(model)
     for name, slot in model.slots().items():
-        key = (slot.role, chains[name])
+        key = (slot.role, (*(scalings if slot.name in rescaled else ()), *chains[name]))
         counts[key] += 1
         sizes[key] += prod(model.shape(name))
     return tuple(Group(role, counts[role, methods], sizes[role, methods], methods) for role, methods in counts)

@@ -107,7 +107,7 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
         held = _held(model, name)
         key = (course, "" if held is None else _structure(held))
         if key not in tried:
-            tried[key] = _try(course, model.dtype, held)
+            tried[key] = _try(course, model.dtype, held, name)
         found[name], size = tried[key]
         _check_shapes(model, name, [verdict for stage in found[name] for verdict in stage])
         kept = tuple(_kept(stage) for stage in found[name])
@@ -215,13 +215,13 @@ def _check_used(found: dict[str, _Verdicts], num_stages: int) -> None:
                 raise ValueError(Counter(reasons).most_common(1)[0][0])
 
 
-def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None) -> tuple[_Verdicts, Made]:
+def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None, name: str) -> tuple[_Verdicts, Made]:
     """Run a slot's methods on matrices of three shapes, as small as their settings allow."""
     misfit: ValueError | None = None
     for unit in _WIDTHS:
         shapes = (unit, unit), (2 * unit, unit), (unit, 2 * unit)
         try:
-            done = [_try_once(course, shape, dtype, held) for shape in shapes]
+            done = [_try_once(course, shape, dtype, held, name) for shape in shapes]
         except _MisfitError as error:
             misfit = error
             continue
@@ -229,11 +229,11 @@ def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None) -> 
         counts = [[made.nbytes, sum(tensor.numel() for tensor in trainable(made).values())] for _, made in done]
         nbytes, reals = torch.linalg.solve(terms, torch.tensor(counts, dtype=torch.float64)).T.tolist()
         return done[0][0], Made(Sizes(*nbytes), Sizes(*reals))
-    raise ValueError(f"these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
+    raise ValueError(f"{name}: these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
 
 
 def _try_once(
-    course: tuple[Chain, ...], shape: Shape, dtype: torch.dtype, held: Weight | None
+    course: tuple[Chain, ...], shape: Shape, dtype: torch.dtype, held: Weight | None, name: str
 ) -> tuple[_Verdicts, Weight]:
     """What each method does, and the weight that comes of it."""
     _check_fit([_Verdict(method) for chain in course for method in linear(chain)], shape)
@@ -254,7 +254,7 @@ def _try_once(
                 weight = method.begin(weight) if verdict.obstacle is None else weight
             else:
                 verdict = _Verdict(method)
-                weight = apply_method(method, weight, _statistic(method, inputs), begun, "this recipe")
+                weight = apply_method(method, weight, _statistic(method, inputs), begun, name)
             done.append(verdict)
         stages.append(tuple(done[so_far:]))
     return tuple(stages), weight

@@ -130,9 +130,9 @@ def plan_stages(
         else:
             plans += (make_plan(model, stage.steps, data, budget, dtype, earlier),)
             earlier += (stage.steps,)
+        if plans[-1].needs_data:
+            check_source(data)
     found = RecipePlan(plans)
-    if found.needs_data:
-        check_source(data)
     if out is not None:
         check_disk(plans, out, budget.scratch, fresh=fresh)
     return found

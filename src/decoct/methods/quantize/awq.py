@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from decoct.methods.base import EdgeScaling
-from decoct.ops.grid import check_grid, dequantize, fit_grid, quantize, resolve_group_size
+from decoct.ops.grid import check_grid, dequantize, fit_grid, quantize, resolve_group_size, stored_scale_dtype
 from decoct.stats import Gram
 
 
@@ -88,7 +88,13 @@ class AWQ(EdgeScaling):
         total = 0.0
         for w in readers:
             scaled = w if scale is None else w * scale
-            grid = fit_grid(scaled, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+            grid = fit_grid(
+                scaled,
+                bits=self.bits,
+                group_size=self.group_size,
+                symmetric=self.symmetric,
+                scale_dtype=stored_scale_dtype(torch.bfloat16),  # what most models are in
+            )
             change = dequantize(quantize(scaled, grid), grid)
             change = change.sub_(w) if scale is None else change.div_(scale).sub_(w)
             total += float((change @ H).mul_(change).sum(dtype=torch.float64))

@@ -43,9 +43,14 @@ class AWQClip(LinearMethod):
         resolve_group_size(self.group_size, shape[1])
 
     @override
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """Weights, their change, its product with the Hessian, codes; the Hessian and what making it takes."""
+        return 20 * shape[0] * shape[1] + 16 * shape[1] ** 2
+
+    @override
     def operations(self, shape: tuple[int, int]) -> float:
         size = resolve_group_size(self.group_size, shape[1])
-        return 21.0 * shape[0] * shape[1] * (2 * size + 20)
+        return shape[0] * shape[1] * (21.0 * (2 * size + 100) + 4.0 * shape[1])
 
     @override
     def compress(self, weight: Weight, stat: Gram) -> Weight:

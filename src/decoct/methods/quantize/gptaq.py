@@ -45,8 +45,8 @@ class GPTAQ(LinearMethod):
         check_grid(self.bits, self.group_size)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie between 0 and 1, not {self.alpha}")
-        if self.damping < 0:
-            raise ValueError("damping must not be negative")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
 
     @override
     def check(self, shape: tuple[int, int]) -> None:
