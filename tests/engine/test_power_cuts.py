@@ -14,6 +14,7 @@ from tests.engine.running import EORA, EVERYTHING, GPTQ, WANDA
 RECIPES: dict[str, dict[str, Any]] = {
     "one stage": {"stages": [{"blocks": [EVERYTHING]}]},
     "two stages": {"stages": [{"blocks": [WANDA]}, {"blocks": [GPTQ, EORA]}]},
+    "tuned": {"stages": [{"blocks": [EVERYTHING]}, {"e2e_qp": {"num_steps": 3}}]},
 }
 
 
@@ -29,8 +30,9 @@ def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
     return int(done.stdout.split()[-1])
 
 
-def test_some_points(base: Path, tmp_path: Path) -> None:
-    assert cut(base, tmp_path, RECIPES["one stage"], every=7) >= 8
+@pytest.mark.parametrize(("recipe", "every"), [("one stage", 7), ("tuned", 13)])
+def test_some_points(recipe: str, every: int, base: Path, tmp_path: Path) -> None:
+    assert cut(base, tmp_path, RECIPES[recipe], every=every) >= 8
 
 
 @pytest.mark.e2e
