@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from decoct.methods import AnyMethod
 
 _SHOWN = ("bits", "group_size", "sparsity", "keep", "rank", "num_steps", "learning_rate")  # settings in a plan's table
-_STEP_LINES = 16  # of a stage that takes many steps, that many get a line of their own
+_STEP_LINES = 16  # of a stage that takes many steps, so many, and the last, get a line of their own
 
 
 def json_text(value: object) -> str:
@@ -176,7 +176,8 @@ class Console:
             def event(found: "Event") -> None:
                 left = clock.left(found)
                 bar.update(task, total=found.total, completed=found.done, left=left)
-                if found.loss is None or found.done % max(1, found.total // _STEP_LINES) == 0:
+                every = 1 if found.loss is None else -(-found.total // _STEP_LINES)
+                if found.done % every == 0 or found.done == found.total:
                     self.line(_event_line(found, left))
 
             def planned(found: "Plan") -> None:

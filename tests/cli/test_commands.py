@@ -54,7 +54,8 @@ def compressed(base: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("decoct.engine.estimate.product_rate", lambda _: 1e11)
+    for module in ("estimate", "plan_tuning"):
+        monkeypatch.setattr(f"decoct.engine.{module}.product_rate", lambda _: 1e11)
 
 
 def test_inspect(base: Path, compressed: Path) -> None:
@@ -95,6 +96,49 @@ def test_plan(base: Path, tmp_path: Path) -> None:
     ):
         assert word in shown.stdout
     assert sorted(base.parent.iterdir()) == before
+
+
+LEARNED = """\
+data: {source: TEXT, num_sequences: 4, sequence_length: 16}
+stages:
+  - blocks:
+      - linear: {rtn: {bits: 4, group_size: 8}}
+      - autoround: {num_steps: 2}
+  - e2e_qp: {num_steps: 3}
+"""
+
+
+def test_every_stage_is_shown(base: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "learned.yaml"
+    recipe.write_text(LEARNED.replace("TEXT", str(text)))
+    found = answer("plan", base, recipe)
+    assert [stage["stage"] for stage in found["stages"]] == ["blocks", "e2e_qp"]
+    assert found["stages"][1]["groups"][0]["methods"][0]["e2e_qp"]["num_steps"] == 3
+    assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in found["stages"])
+    assert found["output_bytes"] == found["stages"][1]["output_bytes"]
+    assert found["disk_bytes"] > 2 * found["output_bytes"] + found["stages"][1]["checkpoint_bytes"] - 1
+    shown = invoke("plan", base, recipe).stdout
+    for words in (
+        "stage 1 of 2: blocks", "autoround", "stage 2 of 2: e2e_qp", "num_steps 3", "the whole recipe", "21 ",
+    ):  # fmt: skip
+        assert words in shown
+    assert "of 1:" not in invoke("plan", base, *W8).stdout
+    done = answer("compress", base, recipe, "-o", tmp_path / "out")
+    assert len(done["losses"]) == 3
+    assert done["errors"].keys() == {"block 0", "block 1", "block 2"}
+    progress = invoke("compress", base, recipe, "-o", tmp_path / "again").stderr
+    assert "[  3/3] step 3" in progress
+    assert f"KL {done['losses'][2]:.4f}" in progress
+    assert "what happens" in progress
+
+
+def test_of_many_steps_some_are_shown(base: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "learned.yaml"
+    recipe.write_text(LEARNED.replace("TEXT", str(text)).replace("e2e_qp: {num_steps: 3}", "e2e_qp: {num_steps: 40}"))
+    progress = invoke("compress", base, recipe, "-o", tmp_path / "out").stderr
+    assert progress.count("] step ") == 14
+    assert "[  3/40] step 3" in progress
+    assert "[ 40/40] step 40" in progress
 
 
 def test_compress_and_resume_by_hand(base: Path, text: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - once, before forking
 
 import decoct.engine.plan
+import decoct.engine.tune
 from tests.engine.running import digests, run
 
 CALLS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "link")
@@ -85,7 +86,8 @@ def try_points(base: Path, text: Path, folder: Path, every: int, recipe: dict[st
 def main() -> None:
     """See the module's words."""
     torch.set_num_threads(1)
-    decoct.engine.estimate.product_rate = lambda _: 1e11
+    decoct.engine.estimate.product_rate = decoct.engine.plan_tuning.product_rate = lambda _: 1e11
+    decoct.engine.tune._SAVE_SECONDS = 0.0
     base, text, folder = (Path(each) for each in sys.argv[1:4])
     print(try_points(base, text, folder, int(sys.argv[4]), json.loads(sys.argv[5])))
 

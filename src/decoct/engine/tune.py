@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decoct.engine.budget import give_back_memory
 from decoct.engine.journal import Journal
 from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
@@ -126,9 +127,11 @@ class Tuner:
         for block in range(model.num_blocks):
             entered.append(hidden)
             hidden = runner.run(block, runner.lay_out_given(block, self._given(block)), hidden)
+            give_back_memory()
         loss, gradient = self._through_head(tokens, hidden, found)
         for block in reversed(range(model.num_blocks)):
             gradient = self._through_block(block, entered.pop(), gradient, found)
+            give_back_memory()
         self._through_embedding(tokens, gradient, found)
         return loss, found
 
