@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - once, before forking
 
-import decoct.engine.plan
+import decoct.engine.estimate
+import decoct.engine.plan_tuning
 import decoct.engine.tune
 from tests.engine.running import digests, run
 

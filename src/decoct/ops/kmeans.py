@@ -15,8 +15,8 @@ from torch import Tensor
 from decoct.ops.parallel import each_piece
 
 _BINS = 128  # at least; within about 0.2 % of the optimum's error for 16 centers
-_REACH = 4  # even shares that one cell may cover
-_ROWS, _FEWEST = 256, 16  # rows at a time: enough to outweigh a call's fixed cost ...
+_REACH = 3  # even shares that one cell may cover
+_ROWS, _FEWEST = 128, 16  # rows at a time: enough to outweigh a call's fixed cost ...
 _CENTERS_AT_ONCE, _VALUES_AT_ONCE = 1 << 12, 1 << 19  # ... without filling memory
 _STEPS = 100  # Lloyd's; most rows are done after ten
 
@@ -58,7 +58,8 @@ class _Sorted:
     """Some rows, sorted, with running sums: weight and moment of the first k values, for every k."""
 
     def __init__(self, values: Tensor, weights: Tensor) -> None:
-        self.points, order = values.double().sort(dim=1)
+        points, order = values.float().sort(dim=1)
+        self.points = points.double()
         mass = weights.double().expand_as(order).gather(1, order)
         mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, 1.0)
         self.mass = mass / mass.amax(1, keepdim=True)
@@ -99,7 +100,7 @@ def _bins(data: _Sorted, count: int) -> Int[Tensor, "rows bins+1"]:
     """Edges of bins with an even share of (density)^(1/3)·length, as numbers of the values below them."""
     half = data.points.diff(dim=1) / 2
     length = torch.nn.functional.pad(half, (0, 1)) + torch.nn.functional.pad(half, (1, 0))
-    share = _running(data.mass.pow(1 / 3) * length.pow(2 / 3))
+    share = _running((data.mass * length.square()).float().pow(1 / 3))
     levels = torch.arange(1, count, device=share.device) / count
     inner = torch.searchsorted(share, share[:, -1:] * levels)
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=data.points.shape[1])
@@ -116,11 +117,11 @@ def _best_cells(
     last = weight.shape[0] - 1
     reach = min(last, -(-_REACH * last // num_cells))
     gains = [_gain(weight[d:] - weight[:-d], moment[d:] - moment[:-d]) for d in range(1, reach + 1)]
-    best = [_gain(weight, moment)]
+    best, trial = [_gain(weight, moment)], torch.empty_like(weight)
     for _ in range(num_cells - 1):
         before, now = best[-1], best[-1].clone()  # as good as before: with an empty cell
         for d, gain in enumerate(gains, start=1):
-            torch.maximum(now[d:], gain + before[:-d], out=now[d:])
+            torch.maximum(now[d:], torch.add(gain, before[:-d], out=trial[d:]), out=now[d:])
         best.append(now)
     edge = torch.full((1, weight.shape[1]), last, device=weight.device)
     found = [edge]

@@ -53,8 +53,8 @@ class OWQ(LinearMethod):
         resolve_group_size(self.group_size, shape[1])
 
     def workspace(self, shape: tuple[int, int]) -> int:
-        """Weights, features and errors in float32, codes; the Hessian, its factor and their temporaries."""
-        return 18 * shape[0] * shape[1] + 24 * shape[1] ** 2
+        """Weights, features, errors and what the search tries in float32, codes; the Hessian, its factor."""
+        return 26 * shape[0] * shape[1] + 24 * shape[1] ** 2
 
     def operations(self, shape: tuple[int, int]) -> float:
         """GPTQ's, and a second search for scales."""

@@ -16,7 +16,7 @@ from decoct.stats import Gram
 from decoct.weights import Codebook, Sparse, Sum, Weight
 
 _KMEANS_BYTES = 1 << 26
-_KMEANS_OPERATIONS = 3e7  # for a row; measured, in operations of a matrix product that takes as long
+_KMEANS_ROW, _KMEANS_ENTRY = 1e7, 1e4  # measured, in operations of a matrix product that takes as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,8 @@ class SqueezeLLM(LinearMethod):
     def operations(self, shape: tuple[int, int]) -> float:
         """K-means for each row; with feedback, GPTQ's work."""
         out, cols = shape
-        return _KMEANS_OPERATIONS * out + (2.0 * out * cols**2 + 2.0 * cols**3 + 4e7 * cols) * self.feedback
+        clustering = _KMEANS_ROW * out + _KMEANS_ENTRY * out * cols
+        return clustering + (2.0 * out * cols**2 + 2.0 * cols**3 + 4e7 * cols) * self.feedback
 
     def compress(self, weight: Weight, stat: Gram) -> Weight:
         """Quantize; an existing mask is kept exactly, and with feedback its loss is made up for."""
