@@ -7,9 +7,11 @@ from decoct.weights.gradient import pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
+from decoct.weights.trellis import Trellis
 
 __all__ = [
     "FORMAT_VERSION",
@@ -18,9 +20,11 @@ __all__ = [
     "GroupInt",
     "LowRank",
     "Masked",
+    "Rotated",
     "Shared",
     "Sparse",
     "Sum",
+    "Trellis",
     "Weight",
     "check_version",
     "describe",

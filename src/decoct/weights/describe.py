@@ -11,11 +11,15 @@ from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
+from decoct.weights.trellis import Trellis
 
-WEIGHTS: dict[str, type[Weight]] = {cls.kind: cls for cls in (Dense, GroupInt, Masked, Sparse, LowRank, Sum, Shared)}
+WEIGHTS: dict[str, type[Weight]] = {
+    cls.kind: cls for cls in (Dense, GroupInt, Trellis, Rotated, Masked, Sparse, LowRank, Sum, Shared)
+}
 
 
 _DTYPES: dict[str, torch.dtype] = {

@@ -4,13 +4,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decoct.ops.hadamard import rotate
 from decoct.weights.base import Weight
 from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.rotated import Rotated
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
+from decoct.weights.trellis import Trellis
 
 
 def trainable(weight: Weight) -> dict[str, Tensor]:
@@ -36,6 +39,9 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
             return {"values": g}
         case GroupInt():
             return {"scale": _of_scale(weight, g)}
+        case Trellis():
+            steps = weight.unit().mul_(g)
+            return {"scale": steps.sum(1, keepdim=True) if weight.scale.shape[0] > 1 else steps.sum().reshape(1, 1)}
         case Sparse():
             return {"values": g[weight.survivors()]}
         case Masked(inner=inner):
@@ -44,6 +50,8 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
             of_left = pull_back(left, g @ right.unpack(torch.float32).T)
             of_right = pull_back(right, left.unpack(torch.float32).T @ g)
             return {**_named("left", of_left), **_named("right", of_right)}
+        case Rotated(inner=inner, left=left, right=right):
+            return _of_rotated(inner, weight.unscaled(), left.float(), right.float(), g)
         case Sum(terms=terms):
             found: dict[str, Tensor] = {}
             for number, term in enumerate(terms):
@@ -58,6 +66,13 @@ def _of_scale(weight: GroupInt, g: Float[Tensor, "out in"]) -> Float[Tensor, "ro
     steps = unit.unpack(torch.float32).mul_(g)
     grouped = steps.reshape(weight.shape[0], -1, weight.group_size).sum(-1)
     return grouped if weight.scale.shape[0] == weight.shape[0] else grouped.sum(0, keepdim=True)
+
+
+def _of_rotated(inner: Weight, middle: Tensor, left: Tensor, right: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """With `middle` the rotated matrix before its rows and columns are scaled."""
+    steps = middle.mul_(g)
+    of_inner = pull_back(inner, rotate(g * left[:, None] * right))
+    return {**_named("inner", of_inner), "left": steps @ right, "right": left @ steps}
 
 
 def _named(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
