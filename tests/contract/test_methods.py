@@ -325,10 +325,16 @@ def test_values_that_are_not_finite_are_refused(cls: type[Method], bad: float) -
 
 
 def trade_offs(cls: type[Method]) -> list[dict[str, Any]]:
-    """Settings that a calibrated quantizer shares with the baseline."""
+    """Settings that a calibrated quantizer shares with the baseline, as far as it offers them."""
     tried = {"bits": (2, 4, 8), "group_size": (32, "channel"), "symmetric": (True, False)}
     shared = [name for name in tried if name in names(cls) and name in names(BASELINE)]
-    return [dict(zip(shared, values, strict=True)) for values in itertools.product(*(tried[n] for n in shared))]
+    found = []
+    for values in itertools.product(*(tried[name] for name in shared)):
+        settings = dict(zip(shared, values, strict=True))
+        with contextlib.suppress(ValueError):
+            cls(**settings)
+            found.append(settings)
+    return found
 
 
 @EVERY

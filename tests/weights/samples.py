@@ -13,15 +13,18 @@ from decoct.weights import (
     LowRank,
     Masked,
     Plane,
+    Rotated,
     Shared,
     Sparse,
     SparseInt,
     Sum,
     Ternary,
+    Trellis,
     TwoLevelInt,
     Weight,
     scale_index,
 )
+from decoct.weights.trellis import sequences_of
 from tests.reference.inputs import gaussian
 
 OUT, IN, RANK = 12, 24, 8
@@ -135,6 +138,27 @@ def columns(index: tuple[int, ...] = (3, 0, 17), dtype: torch.dtype = torch.floa
     return Columns.of(values, torch.tensor(index, dtype=torch.long), IN, dtype)
 
 
+def trellis(
+    rows: int = OUT,
+    cols: int = IN,
+    bits: int = 2,
+    stripe: int = 4,
+    each_row: bool = False,
+    seed: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> Trellis:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (-(-cols // stripe), *sequences_of(rows * stripe))
+    digits = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+    scale = 0.5 + torch.rand(rows if each_row else 1, 1, generator=generator)
+    return Trellis.of(digits, (rows, cols), scale.to(dtype), dtype, bits=bits, state_bits=10, stripe=stripe)
+
+
+def rotated(inner: Weight) -> Rotated:
+    left, right = gaussian(inner.shape[0], seed=6), gaussian(inner.shape[1], seed=7)
+    return Rotated.of(inner, left.to(inner.dtype), right.to(inner.dtype))
+
+
 def samples() -> dict[str, Weight]:
     """By a name for the test's id."""
     half = torch.bfloat16
@@ -176,10 +200,18 @@ def samples() -> dict[str, Weight]:
         "sum(binary,sparse_int)": Sum.of(binary(group_size=8), sparse_int(0.1, 8, 1)),
         "masked(ternary)": Masked.of(ternary(), mask()),
         "low_rank(binary,ternary)": LowRank.of(binary(OUT, RANK, group_size=RANK), ternary(RANK, IN, 8, RANK)),
+        "trellis-rows": trellis(each_row=True),
+        "trellis-one-row": trellis(1, 7, 3),
+        "rotated(trellis)": rotated(trellis()),
+        "rotated(trellis)-bf16": rotated(trellis(13, 20, dtype=half)),
+        "rotated(dense)": rotated(dense(OUT, 20)),
+        "sum(rotated(trellis),low_rank)": Sum.of(rotated(trellis()), low_rank()),
         "one-row": group_int(1, IN, 3, symmetric=False),
     }
     for bits in range(2, 9):
         found[f"int{bits}-8-asym"] = group_int(bits=bits, symmetric=False)
+    for bits in range(1, 5):
+        found[f"trellis{bits}"] = trellis(bits=bits, stripe=bits + 2)
     for bits in (3, 4):
         for size in (8, "channel", "tensor"):
             found[f"int{bits}-{size}-sym"] = group_int(bits=bits, group_size=size)

@@ -22,6 +22,7 @@ from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.onebit import OneBit
 from decoct.methods.quantize.owq import OWQ
 from decoct.methods.quantize.pb_llm import PBLLM
+from decoct.methods.quantize.qtip import QTIP
 from decoct.methods.quantize.rtn import RTN
 from decoct.methods.quantize.smoothquant import SmoothQuant
 from decoct.methods.quantize.spqr import SpQR
@@ -40,6 +41,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "squeezellm": SqueezeLLM,
     "spqr": SpQR,
     "owq": OWQ,
+    "qtip": QTIP,
     "autoround": AutoRound,
     "e2e_qp": E2EQP,
     "billm": BiLLM,

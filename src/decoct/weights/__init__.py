@@ -10,11 +10,13 @@ from decoct.weights.gradient import pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
 from decoct.weights.ternary import Ternary
+from decoct.weights.trellis import Trellis
 from decoct.weights.two_level_int import TwoLevelInt
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "LowRank",
     "Masked",
     "Plane",
+    "Rotated",
     "Shared",
     "Sparse",
     "SparseInt",
     "Sum",
     "Ternary",
+    "Trellis",
     "TwoLevelInt",
     "Weight",
     "check_version",

@@ -14,18 +14,20 @@ from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
 from decoct.weights.ternary import Ternary
+from decoct.weights.trellis import Trellis
 from decoct.weights.two_level_int import TwoLevelInt
 
 WEIGHTS: dict[str, type[Weight]] = {
     cls.kind: cls
     for cls in (
-        Dense, GroupInt, TwoLevelInt, Codebook, Masked, Sparse, Columns, LowRank, Sum, Shared,
-        Binary, Ternary, SparseInt,
+        Dense, GroupInt, TwoLevelInt, Codebook, Trellis, Rotated, Binary, Ternary, SparseInt,
+        Masked, Sparse, Columns, LowRank, Sum, Shared,
     )
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decoct.ops.grid import Grid, dequantize
+from decoct.ops.hadamard import rotate
 from decoct.weights.base import Weight
 from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
@@ -13,10 +14,12 @@ from decoct.weights.dense import Dense
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.rotated import Rotated
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
 from decoct.weights.ternary import Ternary
+from decoct.weights.trellis import Trellis
 from decoct.weights.two_level_int import TwoLevelInt
 
 
@@ -39,14 +42,14 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
     """
     g = gradient.float()
     match weight:
-        case Binary() | Ternary() | SparseInt():
-            return weight.pull_back(g)
         case Masked(inner=inner):
             return _named("inner", pull_back(inner, g * weight.survivors()))
         case LowRank(left=left, right=right):
             of_left = pull_back(left, g @ right.unpack(torch.float32).T)
             of_right = pull_back(right, left.unpack(torch.float32).T @ g)
             return {**_named("left", of_left), **_named("right", of_right)}
+        case Rotated(inner=inner, left=left, right=right):
+            return _of_rotated(inner, weight.unscaled(), left.float(), right.float(), g)
         case Sum(terms=terms):
             found: dict[str, Tensor] = {}
             for number, term in enumerate(terms):
@@ -62,6 +65,11 @@ def _of_own(weight: Weight, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
             return {"values": g}
         case GroupInt():
             return {"scale": _of_scale(weight, g)}
+        case Trellis():
+            steps = weight.unit().mul_(g)
+            return {"scale": steps.sum(1, keepdim=True) if weight.scale.shape[0] > 1 else steps.sum().reshape(1, 1)}
+        case Binary() | Ternary() | SparseInt():
+            return weight.pull_back(g)
         case TwoLevelInt():
             return _of_second_level(weight, g)
         case Codebook():
@@ -99,6 +107,13 @@ def _of_table(weight: Codebook, g: Float[Tensor, "out in"]) -> Float[Tensor, "ta
     index = (weight.unpack_codes() + first.unsqueeze(1)).flatten()
     found = torch.zeros(tables * entries, d, device=g.device)
     return found.index_add_(0, index, g.reshape(-1, d)).reshape(tables, entries, d)
+
+
+def _of_rotated(inner: Weight, middle: Tensor, left: Tensor, right: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """With `middle` the rotated matrix before its rows and columns are scaled."""
+    steps = middle.mul_(g)
+    of_inner = pull_back(inner, rotate(g * left[:, None] * right))
+    return {**_named("inner", of_inner), "left": steps @ right, "right": left @ steps}
 
 
 def _named(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
