@@ -7,10 +7,14 @@ from decoct.methods.prune.wanda import Wanda
 from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.quantize.gptq import GPTQ
+from decoct.methods.quantize.hqq import HQQ
+from decoct.methods.quantize.mxfp import MXFP
 from decoct.methods.quantize.rtn import RTN
 
 METHODS: dict[str, type[LinearMethod] | type[LinearCorrection] | type[BlockMethod] | type[ModelMethod]] = {
     "rtn": RTN,
+    "hqq": HQQ,
+    "mxfp": MXFP,
     "gptq": GPTQ,
     "autoround": AutoRound,
     "e2e_qp": E2EQP,

@@ -3,6 +3,7 @@
 from decoct.weights.base import FORMAT_VERSION, Weight
 from decoct.weights.dense import Dense
 from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
+from decoct.weights.float_block import FloatBlock
 from decoct.weights.gradient import pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
@@ -15,6 +16,7 @@ __all__ = [
     "FORMAT_VERSION",
     "WEIGHTS",
     "Dense",
+    "FloatBlock",
     "GroupInt",
     "LowRank",
     "Masked",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from decoct.weights.base import FORMAT_VERSION, Weight
 from decoct.weights.dense import Dense
+from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
@@ -15,7 +16,9 @@ from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sum import Sum
 
-WEIGHTS: dict[str, type[Weight]] = {cls.kind: cls for cls in (Dense, GroupInt, Masked, Sparse, LowRank, Sum, Shared)}
+WEIGHTS: dict[str, type[Weight]] = {
+    cls.kind: cls for cls in (Dense, GroupInt, FloatBlock, Masked, Sparse, LowRank, Sum, Shared)
+}
 
 
 _DTYPES: dict[str, torch.dtype] = {

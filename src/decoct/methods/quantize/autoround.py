@@ -12,7 +12,7 @@ from typing_extensions import override
 from decoct.methods.base import BlockMethod, BlockWeights, Passage, quantize_structure
 from decoct.ops.grid import Grid, check_grid, fit_grid, quantize_packed, resolve_group_size, stored_scale_dtype
 from decoct.ops.parallel import each_piece
-from decoct.weights import GroupInt, Masked, Weight
+from decoct.weights import FloatBlock, GroupInt, Masked, Weight
 
 _HALF = 0.5  # a weight may move to the neighbouring code, not beyond
 _SCALE_RANGE = (0.5, 1.5)  # of the scale that was found before
@@ -208,7 +208,8 @@ class _Latent:
         """Packed, in the structure that it had."""
         rows, groups, size = self.shift.shape
         everything = slice(0, rows)
-        codes = (self._codes(everything) + self.zero).to(torch.uint8).reshape(rows, groups * size)
+        codes = (self._codes(everything) + self.zero).round_().clamp_(0, self._top).to(torch.uint8)
+        codes = codes.reshape(rows, groups * size)
         if isinstance(before, Masked):
             return Masked.of(self._group_int(codes, before.dtype), before.survivors())
         return self._group_int(codes, before.dtype)
@@ -218,6 +219,11 @@ class _Latent:
             return GroupInt.of(codes, self.grid, dtype)
         scale = self._scale(slice(0, codes.shape[0])).squeeze(-1).to(self.grid.scale.dtype)
         return GroupInt.of(codes, replace(self.grid, scale=scale), dtype)
+
+    @property
+    def _top(self) -> int:
+        """The largest code."""
+        return (1 << self.grid.bits) - 1
 
     @property
     def _own_scales(self) -> bool:
@@ -237,7 +243,7 @@ class _Latent:
 
     def _rounded(self, part: slice, position: Tensor) -> Tensor:
         zero = self.zero if isinstance(self.zero, float) else self.zero[part]
-        codes = position.round().clamp_(-zero, 2**self.grid.bits - 1 - zero)
+        codes = (position + zero).round_().clamp_(0, self._top).sub_(zero)
         return codes if self.mask is None else codes.mul_(self.mask[part])
 
 
@@ -302,4 +308,4 @@ def _is_refinable(weight: Weight) -> bool:
 
 
 def _is_dense(weight: Weight) -> bool:
-    return not any(isinstance(node, GroupInt) for node in weight.walk())
+    return not any(isinstance(node, GroupInt | FloatBlock) for node in weight.walk())
