@@ -252,6 +252,8 @@ def _kind(model: Model, name: str) -> str:
         kind = str(description["kind"])
         if "bits" in description:
             kind = f"{kind} {description['bits']} bit"
+        if kind == "FloatBlock":
+            kind = f"{kind} {description['element']}"
         inner = [spell(value) for value in description.values() if isinstance(value, dict) and "kind" in value]
         inner += [spell(item) for item in description.get("terms", ())]
         return f"{kind}({', '.join(inner)})" if inner else kind

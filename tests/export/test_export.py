@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from decoct.exporters import export_model
+from decoct.exporters.compressed_tensors import _pack
 from decoct.model import open_model
+from decoct.weights import FloatBlock, Masked
 from tests.arch.test_families import our_logits
 from tests.hf.test_from_pretrained import compress
 from tests.tiny import save_model
@@ -29,6 +32,18 @@ SCHEMES = {
     "8 bit channel": {"bits": 8, "group_size": "channel"},
     "4 bit asymmetric": {"bits": 4, "group_size": 16, "symmetric": False},
     "8 bit tensor": {"bits": 8, "group_size": "tensor"},
+}
+FLOATS = {
+    "fp8": [{"mxfp": {"format": "fp8"}}],
+    "fp8 tensor": [{"mxfp": {"format": "fp8", "group_size": "tensor"}}],
+    "mxfp8": [{"mxfp": {"format": "mxfp8"}}],
+    "mxfp6": [{"mxfp": {"format": "mxfp6"}}],
+    "mxfp4": [{"mxfp": {"format": "mxfp4"}}],
+    "nvfp4": [{"mxfp": {"format": "nvfp4"}}],
+    "fp8 and integers": [
+        {"match": "attn.*", "mxfp": {"format": "fp8"}},
+        {"match": "*", "rtn": {"bits": 4, "group_size": 8}},
+    ],
 }
 
 
@@ -55,6 +70,20 @@ def test_compressed_tensors_in_transformers(scheme: str, tmp_path: Path) -> None
     theirs = foreign_logits(tmp_path / "ct", tokens, tmp_path, symmetric=symmetric)
     # Unpacked on use, weights are in the model's dtype; unpacked on loading, in the stored scales'.
     ours = our_logits(model, tokens, unpack=torch.float32 if symmetric else torch.bfloat16)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+@torch.no_grad()
+def test_floats_in_transformers(scheme: str, tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "base", intermediate_size=64)
+    compress(tmp_path / "base", tmp_path / "out", [{"linear": FLOATS[scheme]}])
+    model = open_model(tmp_path / "out")
+    export_model(model, "compressed_tensors", tmp_path / "ct")
+    tokens = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    packed = scheme.startswith("fp8")  # the others are unpacked in bfloat16, and fail in a float32 model
+    theirs = foreign_logits(tmp_path / "ct", tokens, tmp_path, symmetric=packed)
+    ours = our_logits(model, tokens, unpack=torch.float32 if packed else torch.bfloat16)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
@@ -87,3 +116,34 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"attn.q, attn.k, attn.v have different schemes"):
         export_model(open_model(tmp_path / "mixed"), "compressed_tensors", tmp_path / "ct")
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"hqq": {"group_size": 8}}, "integers with real zero points .quantize with zero: integer"),
+        ({"mxfp": {"format": "mxfp4", "group_size": 16}}, "e2m1 numbers with e8m0 scales for blocks of 16"),
+        ({"mxfp": {"format": "fp8", "group_size": 16}}, "e4m3 numbers with real scales for blocks of 16"),
+    ],
+)
+def test_what_no_scheme_can_say_is_refused(method: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "base")
+    compress(tmp_path / "base", tmp_path / "out", [{"linear": method}])
+    with pytest.raises(ValueError, match=rf"q_proj\.weight: it is {reason}.*--fold"):
+        export_model(open_model(tmp_path / "out"), "compressed_tensors", tmp_path / "ct")
+
+
+@torch.no_grad()
+def test_pruned_floats_are_written_as_zeros(tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "base", intermediate_size=64)
+    compress(tmp_path / "base", tmp_path / "floats", [{"linear": {"mxfp": {"format": "nvfp4"}}}])
+    model = open_model(tmp_path / "floats")
+    name = model.prefix(0) + model.block_slots[0].name
+    weight = model.weight(name)
+    kept = weight.unpack().abs() > 0.1
+    tensors = _pack(name.removesuffix(".weight"), Masked.of(weight, kept))
+    packed = tensors[name + "_packed"]
+    halves = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(weight.shape)
+    assert bool((halves[~kept] == 0).all())
+    assert isinstance(weight, FloatBlock)
+    assert torch.equal(halves[kept], weight.unpack_codes()[kept])

@@ -37,3 +37,27 @@ def test_every_family_loads_packed(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(tokens).logits, our_logits(model, tokens), rtol=1e-4, atol=1e-5)
     held = sum(t.nbytes for t in (*loaded.buffers(), *loaded.parameters()))
     assert held < 0.5 * open_model(tmp_path / "base").nbytes
+
+
+EVERYWHERE = [
+    {"rtn": {"bits": 4, "group_size": 8}},
+    {"hqq": {"bits": 4, "group_size": 8}},
+    {"hqq": {"bits": 3, "group_size": 16, "zero": "integer"}},
+    {"mxfp": {"format": "fp8"}},
+    {"mxfp": {"format": "mxfp4"}},
+    {"mxfp": {"format": "nvfp4"}},
+]
+
+
+@pytest.mark.parametrize("tied", ["llama", "llama-tied"])
+@pytest.mark.parametrize("method", EVERYWHERE, ids=str)
+@torch.no_grad()
+def test_methods_without_data_compress_embeddings_too(method: dict[str, Any], tied: str, tmp_path: Path) -> None:
+    save_model(tied, tmp_path / "base", intermediate_size=64)
+    heads = ["embed"] if tied == "llama-tied" else ["embed", "lm_head"]
+    compress(tmp_path / "base", tmp_path / "out", [{"linear": [{"match": [*heads, "*"], **method}]}])
+    model = open_model(tmp_path / "out")
+    assert model.described.keys() == model.slots().keys()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loaded(tokens).logits, our_logits(model, tokens), rtol=1e-4, atol=1e-5)

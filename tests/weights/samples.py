@@ -1,7 +1,10 @@
 """One weight of every kind and of every nesting that methods make, over small random matrices."""
 
+from dataclasses import replace
+
 import torch
 
+from decoct.ops.float_grid import encode_packed, fit_float_grid
 from decoct.ops.grid import fit_grid, quantize
 from decoct.ops.two_level import fit_two_level
 from decoct.weights import (
@@ -9,6 +12,7 @@ from decoct.weights import (
     Codebook,
     Columns,
     Dense,
+    FloatBlock,
     GroupInt,
     LowRank,
     Masked,
@@ -50,6 +54,29 @@ def group_int(
     w = gaussian(rows, cols, seed=seed)
     grid = fit_grid(w, bits=bits, group_size=group_size, symmetric=symmetric)
     return GroupInt.of(quantize(w, grid), grid, dtype)
+
+
+def real_zeros(group_size: int | str = 8, bits: int = 3, dtype: torch.dtype = torch.float32) -> GroupInt:
+    """Zero points between the codes, and some beyond them."""
+    w = gaussian(OUT, IN)
+    grid = fit_grid(w, bits=bits, group_size=group_size, symmetric=False)
+    assert grid.zero is not None
+    shift = gaussian(*grid.zero.shape, seed=7).half()
+    grid = replace(grid, zero=grid.zero.half() + shift)
+    return GroupInt.of(quantize(w, grid), grid, dtype)
+
+
+def float_block(
+    element: str = "e2m1",
+    scale_kind: str = "e8m0",
+    block_size: int | str = 8,
+    rows: int = OUT,
+    cols: int = IN,
+    dtype: torch.dtype = torch.float32,
+) -> FloatBlock:
+    w = gaussian(rows, cols, seed=3)
+    grid = fit_float_grid(w, element=element, scale_kind=scale_kind, block_size=block_size)
+    return FloatBlock.of_packed(encode_packed(w, grid), (rows, cols), grid, dtype)
 
 
 def sparse(keep: float = 0.5, dtype: torch.dtype = torch.float32) -> Sparse:
@@ -159,7 +186,7 @@ def rotated(inner: Weight) -> Rotated:
     return Rotated.of(inner, left.to(inner.dtype), right.to(inner.dtype))
 
 
-def samples() -> dict[str, Weight]:
+def samples() -> dict[str, Weight]:  # noqa: C901 - a list
     """By a name for the test's id."""
     half = torch.bfloat16
     found: dict[str, Weight] = {
@@ -237,4 +264,16 @@ def samples() -> dict[str, Weight]:
             scale_bits=scale_bits, rows_per_block=rows, dtype=half
         )
     found["two_level-one-row"] = two_level_int(1)
+    for size in (8, "channel", "tensor"):
+        found[f"int3-{size}-real"] = real_zeros(size)
+        found[f"fp8-{size}"] = float_block("e4m3", "real", size)
+    found["masked(int-real)-bf16"] = Masked.of(real_zeros(bits=4, dtype=half), mask())
+    for element in ("e2m1", "e2m3", "e3m2", "e4m3"):
+        found[f"{element}-e8m0"] = float_block(element)
+    found["e2m1-e4m3"] = float_block("e2m1", "e4m3")
+    found["e2m1-e4m3-channel-bf16"] = float_block("e2m1", "e4m3", "channel", dtype=half)
+    found["masked(e2m1)"] = Masked.of(float_block(), mask())
+    found["low_rank(e4m3,e2m1)"] = LowRank.of(
+        float_block("e4m3", "real", "channel", OUT, RANK), float_block("e2m1", "e4m3", 8, RANK, IN)
+    )
     return found

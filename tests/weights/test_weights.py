@@ -13,9 +13,11 @@ from tests.weights.samples import (
     RANK,
     binary,
     dense,
+    float_block,
     group_int,
     low_rank,
     mask,
+    real_zeros,
     samples,
     sparse,
     sparse_int,
@@ -124,6 +126,39 @@ def test_group_int_costs_its_bits_and_its_side_data(bits: int, symmetric: bool) 
     assert weight.nbytes == 64 * 128 * bits // 8 + 64 * 4 * 2 + zero_bytes
     assert weight.symmetric == symmetric
     assert int(weight.unpack_codes().max()) < 2**bits
+
+
+def test_real_zero_points_cost_16_bits_each() -> None:
+    for size, groups in ((8, IN // 8), ("channel", 1)):
+        weight = real_zeros(size, bits=4)
+        assert weight.nbytes == OUT * IN // 2 + OUT * groups * (2 + 2)
+        assert not weight.symmetric
+    assert real_zeros("tensor", bits=4).nbytes == OUT * IN // 2 + 2 + 2
+
+
+def test_real_zero_points_are_used_as_they_are() -> None:
+    weight = real_zeros(bits=3)
+    assert weight.zero is not None
+    scale, zero = (t.float().repeat_interleave(8, 1) for t in (weight.scale, weight.zero))
+    assert torch.equal(weight.unpack(), (weight.unpack_codes().float() - zero) * scale)
+    assert bool((weight.zero != weight.zero.round()).any())
+
+
+@pytest.mark.parametrize(
+    ("element", "scale_kind", "size", "expected"),
+    [
+        ("e4m3", "real", "channel", 64 * 128 + 64 * 2),
+        ("e4m3", "real", "tensor", 64 * 128 + 2),
+        ("e4m3", "e8m0", 32, 64 * 128 + 64 * 4),
+        ("e2m3", "e8m0", 32, 64 * 96 + 64 * 4),
+        ("e2m1", "e8m0", 32, 64 * 64 + 64 * 4),
+        ("e2m1", "e4m3", 16, 64 * 64 + 64 * 8 + 4),
+    ],
+)
+def test_float_blocks_cost_their_bits_and_their_scales(
+    element: str, scale_kind: str, size: int | str, expected: int
+) -> None:
+    assert float_block(element, scale_kind, size, 64, 128).nbytes == expected
 
 
 def test_group_int_codes_and_grid_come_back() -> None:

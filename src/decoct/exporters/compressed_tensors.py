@@ -1,7 +1,7 @@
 """compressed-tensors, the format that transformers, vLLM and SGLang read; packed by its own package.
 
-Integer weights (GroupInt, masked or not) become `pack-quantized`; dense ones stay dense; what the format cannot express
-is refused by name.
+Integer weights (GroupInt, masked or not) become `pack-quantized`, floating-point ones (FloatBlock) `float-quantized` or
+one of the MX and NVFP4 formats; dense ones stay dense; what the format cannot express is refused by name.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from decoct.exporters.folder import write_folder
 from decoct.model import Model
-from decoct.weights import GroupInt, Masked, Weight
+from decoct.ops.minifloat import ELEMENTS
+from decoct.ops.packing import pack_bits
+from decoct.weights import FloatBlock, GroupInt, Masked, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,18 @@ class Scheme:
     symmetric: bool
     strategy: str
     group_size: int | None
+    type: str = "int"
+    scale_dtype: torch.dtype | None = None
+    format: str = "pack-quantized"
+
+
+_FLOATS = {
+    ("e4m3", "e8m0", 32): Scheme(8, True, "group", 32, "float", torch.uint8, "mxfp8-quantized"),
+    ("e2m3", "e8m0", 32): Scheme(6, True, "group", 32, "float", torch.uint8, "mxfp6-pack-quantized"),
+    ("e2m1", "e8m0", 32): Scheme(4, True, "group", 32, "float", torch.uint8, "mxfp4-pack-quantized"),
+    ("e2m1", "e4m3", 16): Scheme(4, True, "tensor_group", 16, "float", torch.float8_e4m3fn, "nvfp4-pack-quantized"),
+}
+"""Schemes of elements, kind of scale and block size."""
 
 
 def export_compressed_tensors(model: Model, out: Path, *, fold: bool = False) -> None:
@@ -40,7 +54,7 @@ def export_compressed_tensors(model: Model, out: Path, *, fold: bool = False) ->
     """
     schemes = {name: _scheme(model, name, fold=fold) for name in model.slots()}
     if not any(schemes.values()):
-        raise ValueError(f"{model.source.label} has no integer weights; export it as dense instead")
+        raise ValueError(f"{model.source.label} has no quantized weights; export it as dense instead")
     _check_fused(model, schemes)
 
     def encode(name: str) -> dict[str, Tensor]:
@@ -59,15 +73,15 @@ def _scheme(model: Model, name: str, *, fold: bool) -> Scheme | None:
         return None
     inner = description["inner"] if description["kind"] == Masked.kind else description
     slot = model.slots()[name]
-    reason = None
-    if inner["kind"] != GroupInt.kind:
-        reason = f"a {description['kind']} weight"
+    scheme, reason = _scheme_of(inner)
+    if scheme is None:
+        reason = reason or f"a {description['kind']} weight"
     elif slot.role in ("embed", "lm_head"):
         reason = f"a quantized {slot.role}, which its readers do not all load"
     elif slot.transposed or slot.param is not None:
         reason = "a layer that is no plain Linear"
     if reason is None:
-        return _scheme_of(inner)
+        return scheme
     if fold:
         return None
     raise ValueError(
@@ -76,13 +90,29 @@ def _scheme(model: Model, name: str, *, fold: bool) -> Scheme | None:
     )
 
 
-def _scheme_of(description: dict[str, Any]) -> Scheme:
+def _scheme_of(description: dict[str, Any]) -> tuple[Scheme | None, str | None]:
+    """The scheme of a weight that is not nested; or None, and why if its kind does not say it."""
+    if description["kind"] == FloatBlock.kind:
+        return _float_scheme(description)
+    if description["kind"] != GroupInt.kind:
+        return None, None
+    zero, bits = description["zero"], int(description["bits"])
+    if zero is not None and zero["tensor"] != "uint8":
+        return None, "integers with real zero points (quantize with zero: integer)"
     rows, groups = description["scale"]["shape"]
-    symmetric = description["zero"] is None
-    bits = int(description["bits"])
     if groups > 1:
-        return Scheme(bits, symmetric, "group", int(description["group_size"]))
-    return Scheme(bits, symmetric, "channel" if rows > 1 else "tensor", None)
+        return Scheme(bits, zero is None, "group", int(description["group_size"])), None
+    return Scheme(bits, zero is None, "channel" if rows > 1 else "tensor", None), None
+
+
+def _float_scheme(description: dict[str, Any]) -> tuple[Scheme | None, str | None]:
+    element, scale_kind, size = (description[key] for key in ("element", "scale_kind", "block_size"))
+    rows, blocks = description["scale"]["shape"]
+    if (element, scale_kind) == ("e4m3", "real") and blocks == 1:
+        strategy = "channel" if rows > 1 else "tensor"
+        return Scheme(8, True, strategy, None, "float", None, "float-quantized"), None
+    scheme = _FLOATS.get((element, scale_kind, size))
+    return scheme, None if scheme else f"{element} numbers with {scale_kind} scales for blocks of {size}"
 
 
 def _check_fused(model: Model, schemes: dict[str, Scheme | None]) -> None:
@@ -102,11 +132,36 @@ def _check_fused(model: Model, schemes: dict[str, Scheme | None]) -> None:
 
 
 def _pack(stem: str, weight: Weight) -> dict[str, Tensor]:
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     survivors = weight.survivors() if isinstance(weight, Masked) else None
     inner = weight.inner if isinstance(weight, Masked) else weight
+    if isinstance(inner, FloatBlock):
+        return _pack_floats(stem, inner, survivors)
     assert isinstance(inner, GroupInt)
+    return _pack_integers(stem, inner, survivors)
+
+
+def _pack_floats(stem: str, weight: FloatBlock, survivors: Tensor | None) -> dict[str, Tensor]:
+    """Numbers of 4 and 6 bits lie in these formats as they do in ours: one stream of bits, the first number lowest."""
+    codes = weight.unpack_codes()
+    if survivors is not None:
+        codes = codes * survivors
+    scale = weight.scale.reshape(1) if weight.scale.numel() == 1 else weight.scale
+    if weight.scale_kind == "e4m3":
+        scale = scale.view(torch.float8_e4m3fn)
+    if weight.element == "e4m3":
+        return {f"{stem}.weight": codes.view(torch.float8_e4m3fn), f"{stem}.weight_scale": scale}
+    packed = {
+        f"{stem}.weight_packed": pack_bits(codes, ELEMENTS[weight.element].bits),
+        f"{stem}.weight_scale": scale,
+    }
+    if weight.tensor_scale is not None:
+        packed[f"{stem}.weight_global_scale"] = weight.tensor_scale.reciprocal()
+    return packed
+
+
+def _pack_integers(stem: str, inner: GroupInt, survivors: Tensor | None) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     grid, codes = inner.grid(), inner.unpack_codes()
     if survivors is not None:
         _, zero = grid.columns(0, inner.shape[1])
@@ -139,16 +194,18 @@ def _config(model: Model, schemes: dict[str, Scheme | None]) -> dict[str, Any]:
     for number, (scheme, names) in enumerate(modules.items()):
         weights = QuantizationArgs(
             num_bits=scheme.bits,
-            type="int",
+            type=scheme.type,
             symmetric=scheme.symmetric,
             strategy=scheme.strategy,
             group_size=scheme.group_size,
+            scale_dtype=scheme.scale_dtype,
         )
         targets = ["Linear"] if len(modules) == 1 else names
-        groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=weights, format="pack-quantized")
+        groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=weights, format=scheme.format)
+    formats = {scheme.format for scheme in modules}
     config = QuantizationConfig(
         config_groups=groups,
-        format="pack-quantized",
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
         ignore=[model.family.module_name(name) for name in ignore],
     )

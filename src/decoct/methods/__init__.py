@@ -19,6 +19,8 @@ from decoct.methods.quantize.billm import BiLLM
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
+from decoct.methods.quantize.hqq import HQQ
+from decoct.methods.quantize.mxfp import MXFP
 from decoct.methods.quantize.onebit import OneBit
 from decoct.methods.quantize.owq import OWQ
 from decoct.methods.quantize.pb_llm import PBLLM
@@ -33,6 +35,8 @@ AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelM
 
 METHODS: dict[str, type[AnyMethod]] = {
     "rtn": RTN,
+    "hqq": HQQ,
+    "mxfp": MXFP,
     "gptq": GPTQ,
     "gptaq": GPTAQ,
     "awq": AWQ,

@@ -1,7 +1,8 @@
 """Uniform integer grids: choosing a scale (and zero point) for each group of weights, and rounding to them.
 
 A group's value is `(code - zero) * scale` with an unsigned code in [0, 2**bits). Symmetric grids fix
-zero = 2**(bits-1), so a code is a two's-complement integer with its sign bit flipped; exact zero is always on the grid.
+zero = 2**(bits-1), so a code is a two's-complement integer with its sign bit flipped. Exact zero is on the grid, unless
+zero points are real numbers.
 """
 
 from dataclasses import dataclass
@@ -22,13 +23,13 @@ class Grid:
 
     Attributes:
         scale: [rows, groups], in the dtype that will be stored (rounding it happens before any code is chosen).
-        zero: uint8 [rows, groups], or None for a symmetric grid.
+        zero: [rows, groups], uint8, or 16-bit floats for real zero points; None for a symmetric grid.
         bits: 2 to 8.
         group_size: consecutive input features that share a scale.
     """
 
     scale: Float[Tensor, "rows groups"]
-    zero: UInt8[Tensor, "rows groups"] | None
+    zero: UInt8[Tensor, "rows groups"] | Float[Tensor, "rows groups"] | None
     bits: int
     group_size: int
 
@@ -167,7 +168,7 @@ def _grouped(grid: Grid, part: slice) -> tuple[Tensor, Tensor | float]:
 
 
 def _round(groups: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
-    return groups.div(scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    return groups.div(scale).add_(zero).round_().clamp_(0, 2**bits - 1)
 
 
 def _span(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,19 +179,19 @@ def _span(groups: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tup
     if not (torch.isfinite(high).all() and torch.isfinite(low).all()):
         raise ValueError("the weights hold NaN or infinite values; the checkpoint is damaged")
     if symmetric:
-        scale = _stored(high * (2 / top), dtype)
+        scale = stored_scale(high * (2 / top), dtype)
         zero = torch.full_like(high, 2 ** (bits - 1))
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)  # zero must stay on the grid
-        scale = _stored(high / top - low / top, dtype)
+        scale = stored_scale(high / top - low / top, dtype)
         zero = (-low / scale).round().clamp_(0, top)
     if not torch.isfinite(torch.maximum(zero, top - zero) * scale).all():
         raise ValueError(f"the weights are too large for scales in {dtype}; the checkpoint is damaged")
     return scale, zero
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype, but never to zero; an all-zero group gets 1."""
+def stored_scale(scale: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """Scales as `dtype` will hold them, float32: never rounded to zero, and 1 for an all-zero group."""
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     limits = torch.finfo(dtype)
     return scale.clamp(min=limits.smallest_normal * limits.eps).to(dtype).float()
@@ -204,7 +205,7 @@ def _search(
     best_scale, best_zero = scale.clone(), zero.clone()
     span = scale.clone()
     for factor in torch.linspace(1.0, _SEARCH_LOW, _SEARCH_STEPS).tolist():
-        trial = _stored(span * factor, dtype)
+        trial = stored_scale(span * factor, dtype)
         # Both ends shrink by the same factor, so the zero point moves only by what rounding the scale did.
         shift = zero if symmetric else (zero * factor * span / trial).round().clamp_(0, 2**bits - 1)
         step, middle = trial.unsqueeze(-1), 2.0 ** (bits - 1) if symmetric else shift.unsqueeze(-1)

@@ -6,6 +6,7 @@ from decoct.weights.codebook import Codebook
 from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
 from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
+from decoct.weights.float_block import FloatBlock
 from decoct.weights.gradient import pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
@@ -26,6 +27,7 @@ __all__ = [
     "Codebook",
     "Columns",
     "Dense",
+    "FloatBlock",
     "GroupInt",
     "LowRank",
     "Masked",

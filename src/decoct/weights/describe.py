@@ -11,6 +11,7 @@ from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
 from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
+from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
@@ -26,7 +27,7 @@ from decoct.weights.two_level_int import TwoLevelInt
 WEIGHTS: dict[str, type[Weight]] = {
     cls.kind: cls
     for cls in (
-        Dense, GroupInt, TwoLevelInt, Codebook, Trellis, Rotated, Binary, Ternary, SparseInt,
+        Dense, GroupInt, TwoLevelInt, FloatBlock, Codebook, Trellis, Rotated, Binary, Ternary, SparseInt,
         Masked, Sparse, Columns, LowRank, Sum, Shared,
     )
 }  # fmt: skip

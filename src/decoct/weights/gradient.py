@@ -11,6 +11,7 @@ from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
 from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
+from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
@@ -31,7 +32,7 @@ def trainable(weight: Weight) -> dict[str, Tensor]:
 def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Tensor]:
     """Gradients of everything that `trainable` names, float32, given that of the unpacked matrix.
 
-    Integer codes, zero points and the positions of zeros are constants.
+    Codes, integer zero points, scales of eight bits and the positions of zeros are constants.
 
     Args:
         weight: the expression that was unpacked.
@@ -58,13 +59,15 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
     return _of_own(weight, g)
 
 
-def _of_own(weight: Weight, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+def _of_own(weight: Weight, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:  # noqa: PLR0911 - one for each kind
     """Gradients of the tensors of a weight that nests no other."""
     match weight:
         case Dense():
             return {"values": g}
         case GroupInt():
-            return {"scale": _of_scale(weight, g)}
+            return _of_grid(weight, g)
+        case FloatBlock():
+            return _of_float_scales(weight, g)
         case Trellis():
             steps = weight.unit().mul_(g)
             return {"scale": steps.sum(1, keepdim=True) if weight.scale.shape[0] > 1 else steps.sum().reshape(1, 1)}
@@ -81,12 +84,34 @@ def _of_own(weight: Weight, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
     raise ValueError(f"a {weight.kind} weight cannot be trained by itself")
 
 
-def _of_scale(weight: GroupInt, g: Float[Tensor, "out in"]) -> Float[Tensor, "rows groups"]:
-    """The value of an entry is (code - zero)·scale, so each scale gathers (code - zero)·gradient over its group."""
+def _of_grid(weight: GroupInt, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """The value of an entry is (code - zero)·scale.
+
+    So each scale gathers (code - zero)·gradient over its group, and each real zero point -scale·gradient.
+    """
     unit = weight.with_tensors({**weight.own_tensors(), "scale": torch.ones_like(weight.scale)})
-    steps = unit.unpack(torch.float32).mul_(g)
-    grouped = steps.reshape(weight.shape[0], -1, weight.group_size).sum(-1)
-    return grouped if weight.scale.shape[0] == weight.shape[0] else grouped.sum(0, keepdim=True)
+    found = {"scale": _group_sums(unit.unpack(torch.float32).mul_(g), weight.group_size, weight.scale)}
+    if weight.zero is not None and weight.zero.is_floating_point():
+        found["zero"] = _group_sums(g, weight.group_size, weight.scale) * -weight.scale.float()
+    return found
+
+
+def _of_float_scales(weight: FloatBlock, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """The value of an entry is element·scale, or element·scale·tensor_scale; real factors alone can be trained."""
+    constants = weight.own_tensors()
+    if weight.tensor_scale is not None:
+        unit = weight.with_tensors({**constants, "tensor_scale": torch.ones_like(weight.tensor_scale)})
+        return {"tensor_scale": unit.unpack(torch.float32).mul_(g).sum().reshape(1)}
+    if not weight.scale.is_floating_point():
+        return {}
+    unit = weight.with_tensors({**constants, "scale": torch.ones_like(weight.scale)})
+    return {"scale": _group_sums(unit.unpack(torch.float32).mul_(g), weight.block_size, weight.scale)}
+
+
+def _group_sums(values: Float[Tensor, "out in"], size: int, like: Tensor) -> Float[Tensor, "rows groups"]:
+    """Sums over groups of `size` columns, and over all rows if `like` has one row for all."""
+    grouped = values.reshape(values.shape[0], -1, size).sum(-1)
+    return grouped if like.shape[0] == values.shape[0] else grouped.sum(0, keepdim=True)
 
 
 def _of_second_level(weight: TwoLevelInt, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ class GroupInt(Weight):
     Attributes:
         codes: the codes of each row as a bit stream, uint8 [out, ceil(in * bits / 8)].
         scale: [out, groups], or [1, 1] for one scale in all.
-        zero: zero points as a bit stream, uint8 [scale rows, ceil(groups * bits / 8)]; None: symmetric, 2**(bits-1).
+        zero: zero points as a bit stream, uint8 [scale rows, ceil(groups * bits / 8)], or as 16-bit floats
+            [scale rows, groups] where they are real numbers; None: symmetric, 2**(bits-1).
         bits: 2 to 8.
         group_size: input features that share a scale.
     """
@@ -28,7 +29,7 @@ class GroupInt(Weight):
     kind: ClassVar[str] = "GroupInt"
     codes: UInt8[Tensor, "out code_bytes"]
     scale: Float[Tensor, "rows groups"]
-    zero: UInt8[Tensor, "rows zero_bytes"] | None
+    zero: UInt8[Tensor, "rows zero_bytes"] | Float[Tensor, "rows groups"] | None
     bits: int
     group_size: int
 
@@ -42,7 +43,9 @@ class GroupInt(Weight):
         cls, packed: UInt8[Tensor, "out code_bytes"], shape: tuple[int, int], grid: Grid, dtype: torch.dtype
     ) -> "GroupInt":
         """The same from codes that are packed already."""
-        zero = None if grid.zero is None else pack_bits(grid.zero, grid.bits)
+        zero = grid.zero
+        if zero is not None and not zero.is_floating_point():
+            zero = pack_bits(zero, grid.bits)
         return cls(
             shape=shape,
             dtype=dtype,
@@ -60,8 +63,9 @@ class GroupInt(Weight):
 
     def grid(self) -> Grid:
         """Scales and unpacked zero points."""
-        groups = self.scale.shape[1]
-        zero = None if self.zero is None else unpack_bits(self.zero, self.bits, groups)
+        zero = self.zero
+        if zero is not None and not zero.is_floating_point():
+            zero = unpack_bits(zero, self.bits, self.scale.shape[1])
         return Grid(self.scale, zero, self.bits, self.group_size)
 
     def unpack_codes(self) -> UInt8[Tensor, "out in"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from decoct.methods.base import LinearMethod, refusal
 from decoct.stats import ColumnNorm
-from decoct.weights import Dense, GroupInt, Masked, Sparse, Weight
+from decoct.weights import Dense, FloatBlock, GroupInt, Masked, Sparse, Weight
 
 
 def wanda_mask(
@@ -64,7 +64,7 @@ class Wanda(LinearMethod):
 
     def compress(self, weight: Weight, stat: ColumnNorm) -> Weight:
         """Prune; what was pruned before stays pruned, what was quantized stays quantized."""
-        if not isinstance(weight, Dense | Sparse | GroupInt | Masked):
+        if not isinstance(weight, Dense | Sparse | GroupInt | FloatBlock | Masked):
             raise refusal("wanda", weight)
         values = weight.unpack()
         self.check((values.shape[0], values.shape[1]))

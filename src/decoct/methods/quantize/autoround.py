@@ -71,7 +71,9 @@ class AutoRound(BlockMethod):
             return None
         if _is_real(weight):
             return "autoround finds nothing quantized; give it bits, or put a step that quantizes, such as gptq, before"
-        return f"autoround learns codes of integer grids, which {weight.kind} has not; leave it out for these matrices"
+        return (
+            f"autoround learns codes of grids with integer zero points, which this {weight.kind} has not; leave it out"
+        )
 
     @override
     def rounds(self, weight: Weight) -> bool:
@@ -338,9 +340,10 @@ def _is_real(weight: Weight) -> bool:
 
 
 def _grids(weight: Weight, path: str = "") -> dict[str, GroupInt]:
-    """Every GroupInt in a weight, by where it stands: "", "inner.", "terms.0." and so on."""
+    """Every GroupInt with integer zero points in a weight, by where it stands: "", "inner.", "terms.0." and so on."""
     if isinstance(weight, GroupInt):
-        return {path: weight}
+        real = weight.zero is not None and weight.zero.is_floating_point()
+        return {} if real else {path: weight}
     found: dict[str, GroupInt] = {}
     for name, child in weight.children().items():
         found.update(_grids(child, f"{path}{name}."))
