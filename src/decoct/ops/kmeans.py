@@ -2,7 +2,7 @@
 
 In one dimension clusters are intervals of the sorted values, so a row is sorted once, and weight and mean of any
 interval are differences of running sums. Lloyd's steps then cost next to nothing, but from the usual starts they end
-far from the optimum: with 16 centers, at up to twice its error. So the start is found by dynamic programming, which is
+far from the optimum: with 16 centers, at twice its error. So the start is found by dynamic programming, which is
 optimal for intervals that begin and end at the edges of bins. The bins share out (density)^(1/3) evenly, which is how
 the cells of the best quantizer lie (Panter and Dite), and a cell need not reach further than a few times its even
 share: the work is the same for any number of centers.
