@@ -22,7 +22,10 @@ _MIN_INNER = 5  # fewer than 2**5 numbers side by side are slow to take the mini
 _HISTORY = 4  # low bits of a distance that hold the digits that led to it
 _SEAM = 5  # states on either side of a sequence's ends that are looked at to choose how its ends meet
 _MULTIPLE = 8  # of which sequences are long: whole bytes, and whole periods of the search
-_CACHE = 1 << 17  # distances of one batch that stay in the processor's cache
+_CACHE = (
+    1 << 17
+)  # distances of one batch: they stay in the processor's cache, and outlast a turn of the interpreter lock
+_WORTH_A_THREAD = 1 << 19  # what `each_piece` takes for a piece of its own
 
 _SPREAD, _SHUFFLE = 38115, 37435  # the pair of odd multipliers with the least error among some hundreds
 _WIDTH = {1: 0.90, 2: 1.0, 3: 1.05, 4: 1.05}  # spread of the values, by bits, that loses least on a standard Gaussian
@@ -98,16 +101,15 @@ def encode(x: Float[Tensor, "seqs length"], bits: int, state_bits: int) -> UInt8
     assert length % _MULTIPLE == 0
     digits = torch.empty(count, length, dtype=torch.uint8)
     steps = (x.float().clamp(-_LARGEST, _LARGEST) * _FRACTION).round().to(torch.int32)
-    threads = torch.get_num_threads()
-    batch = max(1, min(_CACHE >> state_bits, -(-count // threads)))
-    edges = range(0, count, batch)
+    batches = -((-count << state_bits) // _CACHE)
+    edges = [count * number // batches for number in range(batches + 1)]
 
     def work(part: slice) -> None:
-        for start in edges[part]:
-            rows = slice(start, min(start + batch, count))
+        for number in range(batches)[part]:
+            rows = slice(edges[number], edges[number + 1])
             digits[rows] = _ring(steps[rows], bits, state_bits)
 
-    each_piece(work, len(edges), 1 << 19)
+    each_piece(work, batches, _WORTH_A_THREAD)
     return digits
 
 
@@ -170,33 +172,32 @@ def shortest_path(
     best = torch.zeros(count, older, dtype=torch.int32)
     if seam is not None:
         best.fill_(_UNREACHABLE).scatter_(1, seam[:, None], 0)
-    ended = torch.empty(length // phases, count, older, dtype=torch.int32)
+    history = torch.empty(length // phases, count, older, dtype=torch.uint8)
     # A torch call on a few thousand numbers is mostly overhead, so every view is made before the loop.
     laid = [distance.view(count, 1 << (f * bits), digit, digit, -1) for f in range(phases)]
-    between = [torch.empty_like(best) for _ in range(phases - 1)]
-    source = [b.view(count, 1 << (f * bits), 1, digit, -1) for f, b in enumerate([best, *between])]
-    target = [b.view(laid[f][:, :, :, 0].shape) for f, b in enumerate(between)]
-    last = ended.view(-1, *laid[-1][:, :, :, 0].shape).unbind()
-    unordered = ended.view(-1, count, 1 << (phases * bits), older >> (phases * bits)).unbind()
+    spare = [torch.empty_like(best) for _ in range(phases)]
+    source = [b.view(count, 1 << (f * bits), 1, digit, -1) for f, b in enumerate([best, *spare[:-1]])]
+    target = [b.view(laid[f][:, :, :, 0].shape) for f, b in enumerate(spare)]
     ordered = best.view(count, -1, 1 << (phases * bits)).transpose(1, 2)
-    kept = torch.tensor(-1 << (phases * bits), dtype=torch.int32)
-    columns = x.T.contiguous().unsqueeze(-1).unbind()
-    for period in range(length // phases):
+    unordered, low_bits = spare[-1].view(ordered.shape), torch.tensor(-1 << (phases * bits), dtype=torch.int32)
+    columns = iter(x.T.contiguous().unsqueeze(-1).unbind())
+    for ended in history.unbind():
         for phase, (constant, slope) in enumerate(schedule):
-            torch.addcmul(constant, slope, columns[period * phases + phase], out=distance)
+            torch.addcmul(constant, slope, next(columns), out=distance)
             laid[phase].add_(source[phase])
-            torch.amin(laid[phase], 3, out=last[period] if phase + 1 == phases else target[phase])
-        torch.bitwise_and(unordered[period], kept, out=ordered)
-    return _walk_back(ended, best.argmin(1) if seam is None else seam, bits, state_bits)
+            torch.amin(laid[phase], 3, out=target[phase])
+        ended.copy_(spare[-1])
+        torch.bitwise_and(unordered, low_bits, out=ordered)
+    return _walk_back(history, best.argmin(1) if seam is None else seam, bits, state_bits)
 
 
 def _walk_back(
-    ended: Int[Tensor, "periods seqs older"], ends: Int[Tensor, " seqs"], bits: int, state_bits: int
+    history: UInt8[Tensor, "periods seqs older"], ends: Int[Tensor, " seqs"], bits: int, state_bits: int
 ) -> UInt8[Tensor, "seqs length"]:
     """The digits of the paths that end with the digits `ends`; a few numbers a step, so plain Python is fastest.
 
-    What a period ended with is laid out as [its digits] [older ones]; its low bits are the digits it dropped, which
-    came before the older ones.
+    History has, for what each period ended with, laid out as [its digits] [older ones], the digits that the period
+    dropped, in the low bits. They came before the older ones.
     """
     phases = _period(bits, state_bits)
     room = phases * bits
@@ -204,11 +205,11 @@ def _walk_back(
     rest = (1 << inner) - 1
     older = torch.arange(1 << (state_bits - bits))
     place: list[int] = (((older & low) << inner) | (older >> room)).tolist()  # of digits in order
-    table = memoryview(ended.numpy())  # type: ignore[arg-type]  # numpy's stubs do not say that arrays are buffers
+    table = memoryview(history.numpy())  # type: ignore[arg-type]  # numpy's stubs do not say that arrays are buffers
     paths = []
     for number, end in enumerate(ends.tolist()):
         at, path = place[end], []
-        for period in range(ended.shape[0] - 1, -1, -1):
+        for period in range(len(table) - 1, -1, -1):
             path.append(at)
             at = place[(table[period, number, at] & low) << inner | at & rest]
         paths.append(path[::-1])
