@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import decoct.hf  # noqa: F401 - registers the format
-from decoct.engine.plan import make_plan
+from decoct.engine.stages import plan_stages
 from decoct.model import open_model
 from tests.arch.test_families import our_logits
 from tests.engine.running import Settings, digests, make_base, make_job, run
@@ -38,7 +38,7 @@ def test_it_is_planned_repeated_and_loaded_packed(recipe: str, tmp_path: Path) -
     blocks = [{"linear": step} for step in steps]
     base = make_base(tmp_path)
     job = make_job(base, tmp_path / "out", *blocks)
-    plan = make_plan(job.model, job.stages[0].steps, job.data, job.budget, job.out)
+    (plan,) = plan_stages(job.model, job.stages, job.data, job.budget, job.out).stages
     assert plan.needs_data == needs_data
     out = run(base, tmp_path / "out", *blocks).folder
     assert digests(run(base, tmp_path / "again", *blocks).folder) == digests(out)

@@ -1,10 +1,8 @@
 """How much memory and disk a run may take, and what this machine has."""
 
-import ctypes
 import re
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -73,17 +71,6 @@ def peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def give_back_memory() -> None:
-    """Hand freed memory back to the system, where the allocator (glibc's) would keep it.
-
-    Large tensors freed between small ones that stay leave holes; over many blocks these add up to half of the peak.
-    """
-    if sys.platform != "linux":
-        return
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def compute_dtype(model_dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decoct.engine.budget import give_back_memory
 from decoct.engine.journal import Journal
 from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
@@ -96,6 +95,8 @@ class Tuner:
         if todo.method.norms:
             first.update({name: self._others[name] for name in vectors(model)})
         self.adam = RelativeAdam(first)
+        # What outlives a block is allocated once: small tensors left between large ones that go would scatter memory.
+        self._gradients = {name: torch.zeros(tensor.shape) for name, tensor in first.items()}
 
     def run(self, losses: list[float]) -> None:
         """Do the steps that are left after those with these losses."""
@@ -116,24 +117,24 @@ class Tuner:
 
     @torch.no_grad()
     def gradients(self, tokens: Int[Tensor, "batch seq"]) -> tuple[float, dict[str, Tensor]]:
-        """Mean divergence from the teacher, and its gradient by every tensor that is tuned.
+        """Mean divergence from the teacher, and its gradient by every tensor that is tuned, until the next call.
 
-        Blocks are unpacked one at a time: forwards only what enters each is kept, backwards each is run again.
+        Blocks are unpacked one at a time: forwards only what enters each is kept, backwards each is run again, and what
+        entered it is replaced by the gradient.
         """
         model, runner = self._todo.model, self._runner
-        found: dict[str, Tensor] = {}
+        for gradients in self._gradients.values():
+            gradients.zero_()
         hidden = runner.embed(tokens, self._matrix(model.family.embed), self._given(None))
-        entered = []
+        states = torch.empty(model.num_blocks + 1, *hidden.shape, dtype=hidden.dtype)
+        states[0] = hidden
         for block in range(model.num_blocks):
-            entered.append(hidden)
-            hidden = runner.run(block, runner.lay_out_given(block, self._given(block)), hidden)
-            give_back_memory()
-        loss, gradient = self._through_head(tokens, hidden, found)
+            states[block + 1] = runner.run(block, runner.lay_out_given(block, self._given(block)), states[block])
+        loss = self._through_head(tokens, states[-1])
         for block in reversed(range(model.num_blocks)):
-            gradient = self._through_block(block, entered.pop(), gradient, found)
-            give_back_memory()
-        self._through_embedding(tokens, gradient, found)
-        return loss, found
+            self._through_block(block, states[block], states[block + 1])
+        self._through_embedding(tokens, states[0])
+        return loss, self._gradients
 
     def write(self, part: str, number: int, slots: list[str], others: list[str]) -> None:
         """Save a part of the tuned model and note it in the journal."""
@@ -144,54 +145,44 @@ class Tuner:
         nbytes = write_shard(shard, {name: self._current(name) for name in slots}, vectors, transposed)
         todo.journal.finish(part, shard, error=None, nbytes=nbytes, starved=[])
 
-    def _through_head(
-        self, tokens: Int[Tensor, "batch seq"], hidden: Float[Tensor, "batch seq hidden"], found: dict[str, Tensor]
-    ) -> tuple[float, Float[Tensor, "batch seq hidden"]]:
-        """Mean divergence, and its gradient by the last block's output, a few tokens at a time: logits are large."""
+    def _through_head(self, tokens: Int[Tensor, "batch seq"], state: Float[Tensor, "batch seq hidden"]) -> float:
+        """Mean divergence; `state`, the last block's output, becomes its gradient, a few tokens at a time."""
         name = _head(self._todo.model)
         wanted = self._teacher.run(tokens)
         given = self._given(None)
         head = given[name] = self._matrix(name)
         leaves = self._leaves(given)
         sums = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
-        total, gradient = 0.0, torch.empty_like(hidden)
-        at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
+        total, at_once = 0.0, max(1, LOGITS_AT_ONCE // head.shape[0])
         others = {key: tensor for key, tensor in given.items() if key != name}
-        for row in range(hidden.shape[0]):
-            for start in range(0, hidden.shape[1], at_once):
+        for row in range(state.shape[0]):
+            for start in range(0, state.shape[1], at_once):
                 part = (slice(row, row + 1), slice(start, start + at_once))
-                piece = hidden[part].detach().requires_grad_()
+                piece = state[part].clone().requires_grad_()
                 with torch.enable_grad():
                     logits = self._runner.logits(piece, head, others)
                 loss, slope = divergence(logits[0].detach(), self._teacher.logits(wanted[part])[0])
                 slope = slope.div_(tokens.numel()).to(logits.dtype).unsqueeze(0)
-                gradient[part], *parts = _grad(logits, [piece, *leaves.values()], slope)
+                state[part], *parts = _grad(logits, [piece, *leaves.values()], slope)
                 for key, each in zip(leaves, parts, strict=True):
                     sums[key] += each
                 total += loss
-        self._collect(sums, found)
-        return total / tokens.numel(), gradient
+        self._collect(sums)
+        return total / tokens.numel()
 
     def _through_block(
-        self,
-        block: int,
-        hidden: Float[Tensor, "batch seq hidden"],
-        gradient: Float[Tensor, "batch seq hidden"],
-        found: dict[str, Tensor],
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """The gradient by a block's input, given its input and the gradient by its output."""
+        self, block: int, state: Float[Tensor, "batch seq hidden"], gradient: Float[Tensor, "batch seq hidden"]
+    ) -> None:
+        """`state`, a block's input, becomes the gradient by it, given that by the block's output."""
         given = self._given(block)
         leaves = self._leaves(given)
-        x = hidden.detach().requires_grad_()
+        x = state.clone().requires_grad_()
         with torch.enable_grad():
             y = self._runner.run(block, self._runner.lay_out_given(block, given), x)
-        of_input, *parts = _grad(y, [x, *leaves.values()], gradient)
-        self._collect(dict(zip(leaves, parts, strict=True)), found)
-        return of_input
+        state[:], *parts = _grad(y, [x, *leaves.values()], gradient)
+        self._collect(dict(zip(leaves, parts, strict=True)))
 
-    def _through_embedding(
-        self, tokens: Int[Tensor, "batch seq"], gradient: Float[Tensor, "batch seq hidden"], found: dict[str, Tensor]
-    ) -> None:
+    def _through_embedding(self, tokens: Int[Tensor, "batch seq"], gradient: Float[Tensor, "batch seq hidden"]) -> None:
         name = self._todo.model.family.embed
         given = self._given(None)
         table = given[name] = self._matrix(name)
@@ -199,9 +190,8 @@ class Tuner:
         others = {key: tensor for key, tensor in given.items() if key != name}
         with torch.enable_grad():
             x = self._runner.embed(tokens, table, others)
-        if not x.requires_grad:  # the table was left alone, and no vector comes before the first block
-            return
-        self._collect(dict(zip(leaves, _grad(x, list(leaves.values()), gradient), strict=True)), found)
+        if x.requires_grad:  # else the table was left alone, and no vector comes before the first block
+            self._collect(dict(zip(leaves, _grad(x, list(leaves.values()), gradient), strict=True)))
 
     def _given(self, block: int | None) -> dict[str, Tensor]:
         """A block's tensors as they are now, unpacked, by checkpoint name; None: tuned vectors outside the blocks."""
@@ -219,15 +209,14 @@ class Tuner:
         """Those of these tensors that gradients are wanted for; made ready for it."""
         return {name: tensor.requires_grad_() for name, tensor in given.items() if self._keys(name)}
 
-    def _collect(self, gradients: Mapping[str, Tensor], found: dict[str, Tensor]) -> None:
+    def _collect(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the gradients of matrices and vectors to those of what is stored."""
         for name, gradient in gradients.items():
-            parts = {name: gradient.float()}
-            if name in self._weights:
-                pulled = pull_back(self._current(name), gradient)
-                parts = {f"{name}{PART}{part}": each for part, each in pulled.items()}
-            for key, part in parts.items():
-                found[key] = found[key] + part if key in found else part
+            if name not in self._weights:
+                self._gradients[name] += gradient
+                continue
+            for part, each in pull_back(self._current(name), gradient).items():
+                self._gradients[f"{name}{PART}{part}"] += each
 
     def _matrix(self, name: str) -> Float[Tensor, "out in"]:
         return self._current(name).unpack(self._todo.dtype)
