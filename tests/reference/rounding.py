@@ -9,11 +9,9 @@ def straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def gradients(
-    gradient: Tensor, w: Tensor, scale: Tensor, shift: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor]:
-    """d Σ gradient · scale · clip(round(w / scale + shift)) by shift and scale; groups are the last dimension."""
-    scale, shift = (each.double().requires_grad_() for each in (scale, shift))
-    code = straight_through(w.double() / scale + shift).clamp(low.double(), high.double())
-    by_shift, by_scale = torch.autograd.grad((gradient.double() * scale * code).sum(), (shift, scale))
-    return by_shift, by_scale
+def gradients(gradient: Tensor, position: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """d Σ gradient · scale · clip(round(position)) by position and scale; groups are the last dimension."""
+    scale, position = (each.double().requires_grad_() for each in (scale, position))
+    code = straight_through(position).clamp(low.double(), high.double())
+    by_position, by_scale = torch.autograd.grad((gradient.double() * scale * code).sum(), (position, scale))
+    return by_position, by_scale

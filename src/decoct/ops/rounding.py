@@ -1,7 +1,7 @@
 """Rounding whose result is learned: codes and scales as functions of real numbers, and gradients through both.
 
-A weight is `scale * code`, `code = clip(round(w / scale + shift), low, high)`. Rounding has no gradient of its own, so
-its result is taken to follow its argument ("straight-through", arXiv 1308.3432), except where it is clipped.
+A weight is `scale * code`, `code = clip(round(position))`. Rounding has no gradient of its own, so its result is taken to
+follow its argument ("straight-through", arXiv 1308.3432), except where it is clipped.
 """
 
 from jaxtyping import Float
@@ -13,34 +13,27 @@ def clipped_codes(
     low: Float[Tensor, "rows groups 1"],
     high: Float[Tensor, "rows groups 1"],
 ) -> Float[Tensor, "rows groups size"]:
-    """The nearest code of each position (a weight in units of its scale, shifted)."""
+    """The nearest code of each position (where a weight lies between codes)."""
     return position.round().clamp_(low, high)
 
 
 def rounding_gradients(
     gradient: Float[Tensor, "rows groups size"],
     position: Float[Tensor, "rows groups size"],
-    shift: Float[Tensor, "rows groups size"],
     scale: Float[Tensor, "rows groups 1"],
     low: Float[Tensor, "rows groups 1"],
     high: Float[Tensor, "rows groups 1"],
 ) -> tuple[Float[Tensor, "rows groups size"], Float[Tensor, "rows groups 1"]]:
-    """Gradients by `shift` and by `scale`, given that by the rounded weights.
-
-    The scale acts twice: it multiplies the code, and it divides the weight before that is rounded. So its slope is
-    code - w / scale where the code is not clipped, and the code alone where it is.
+    """Gradients by `position` and by `scale`, given that by the rounded weights.
 
     Args:
         gradient: of the loss by `scale * code`.
-        position: w / scale + shift.
-        shift: what was added before rounding.
+        position: what is rounded.
         scale: one for each group.
         low: the least code.
         high: the greatest code.
     """
     rounded = position.round()
     code = rounded.clamp(low, high)
-    inside = code == rounded
-    of_shift = (gradient * scale).mul_(inside)
-    of_scale = (gradient * (code - (position - shift).mul_(inside))).sum(-1, keepdim=True)
-    return of_shift, of_scale
+    of_position = (gradient * scale).mul_(code == rounded)
+    return of_position, code.mul_(gradient).sum(-1, keepdim=True)

@@ -18,14 +18,12 @@ _FRACTION = 64  # values and inputs are taken in steps of 1/64, so distances are
 _LARGEST = 5.0  # inputs beyond this many standard deviations are taken for this
 _LONGEST = 512  # steps after which distances might no longer fit into 31 bits
 _UNREACHABLE = 1 << 30
-_MIN_INNER = 5  # fewer than 2**5 numbers side by side are slow to take the minimum of
-_HISTORY = 4  # low bits of a distance that hold the digits that led to it
 _SEAM = 5  # states on either side of a sequence's ends that are looked at to choose how its ends meet
-_MULTIPLE = 8  # of which sequences are long: whole bytes, and whole periods of the search
-_CACHE = (
-    1 << 17
-)  # distances of one batch: they stay in the processor's cache, and outlast a turn of the interpreter lock
-_WORTH_A_THREAD = 1 << 19  # what `each_piece` takes for a piece of its own
+_MULTIPLE = 8  # of which sequences are long: whole bytes
+_CACHE = 1 << 17  # distances of one batch: they stay in the processor's cache
+_SIDE_BY_SIDE = 64  # sequences in a batch at least: fewer are short rows
+_WORTH_A_THREAD = 64  # sequences that a thread of their own is worth its while for
+_PIECE = 1 << 19  # what `each_piece` takes for a piece of its own
 
 _SPREAD, _SHUFFLE = 38115, 37435  # the pair of odd multipliers with the least error among some hundreds
 _WIDTH = {1: 0.90, 2: 1.0, 3: 1.05, 4: 1.05}  # spread of the values, by bits, that loses least on a standard Gaussian
@@ -101,7 +99,8 @@ def encode(x: Float[Tensor, "seqs length"], bits: int, state_bits: int) -> UInt8
     assert length % _MULTIPLE == 0
     digits = torch.empty(count, length, dtype=torch.uint8)
     steps = (x.float().clamp(-_LARGEST, _LARGEST) * _FRACTION).round().to(torch.int32)
-    batches = -((-count << state_bits) // _CACHE)
+    most = max(_SIDE_BY_SIDE, _CACHE >> state_bits)
+    batches = max(-(-count // most), min(torch.get_num_threads(), count // _WORTH_A_THREAD))
     edges = [count * number // batches for number in range(batches + 1)]
 
     def work(part: slice) -> None:
@@ -109,7 +108,7 @@ def encode(x: Float[Tensor, "seqs length"], bits: int, state_bits: int) -> UInt8
             rows = slice(edges[number], edges[number + 1])
             digits[rows] = _ring(steps[rows], bits, state_bits)
 
-    each_piece(work, batches, _WORTH_A_THREAD)
+    each_piece(work, batches, _PIECE)
     return digits
 
 
@@ -125,34 +124,16 @@ def _ring(x: Int[Tensor, "seqs length"], bits: int, state_bits: int) -> UInt8[Te
     return shortest_path(x, bits, state_bits, seam & ((1 << (state_bits - bits)) - 1))
 
 
-def _period(bits: int, state_bits: int) -> int:
-    """Steps between two times that the digits are put in order: a power of two."""
-    most = min((state_bits - 2 * bits - _MIN_INNER) // bits + 1, _HISTORY // bits)
-    return 1 << (max(1, most).bit_length() - 1)
-
-
 @cache
-def _schedule(bits: int, state_bits: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The constant and the slope of each state's distance, for each phase of a period; int32.
+def _distance_terms(bits: int, state_bits: int) -> tuple[Int[Tensor, "states 1"], Int[Tensor, "states 1"]]:
+    """The constant and the slope of each state's distance, value² - 2·x·value, which is affine in x; int32.
 
-    A state's distance is value² - 2·x·value, which is affine in x. In a trellis each step drops the oldest digit and
-    appends a new one. Instead of moving everything up by a digit at every step, the new digit takes the place next to
-    the ones already appended, and only after a whole period of phases are the digits put in order. In phase f, states
-    are laid out as [digits of this period before: f] [new digit] [oldest digit] [the others, oldest first].
-
-    The minimum over the oldest digit must also say which digit it was. So all distances are multiples of
-    2**(bits·phases), and the digit is part of the constant: it ends up in the low bits of the minimum.
+    The minimum over a state's oldest digit must also say which digit it was. So all distances are multiples of
+    2**bits, and the oldest digit is part of the constant: it ends up in the low bits of the minimum.
     """
-    values, phases, digit = state_values(bits, state_bits), _period(bits, state_bits), 1 << bits
-    found = []
-    for phase in range(phases):
-        others = 1 << (state_bits - (phase + 2) * bits)
-        # Chronologically: oldest, others, this period's, new.
-        laid = values.reshape(digit, others, 1 << (phase * bits), digit).permute(2, 3, 0, 1)
-        oldest = torch.arange(digit, dtype=torch.int32)[:, None] << ((phases - 1 - phase) * bits)
-        constant = (laid.square() << (bits * phases)) + oldest
-        found.append((constant.reshape(-1).contiguous(), (laid * -2 << (bits * phases)).reshape(-1).contiguous()))
-    return tuple(found)
+    values = state_values(bits, state_bits)
+    oldest = torch.arange(len(values), dtype=torch.int32) >> (state_bits - bits)
+    return ((values.square() << bits) + oldest).unsqueeze(1), (values * -2 << bits).unsqueeze(1)
 
 
 def shortest_path(
@@ -160,59 +141,47 @@ def shortest_path(
 ) -> UInt8[Tensor, "seqs length"]:
     """Viterbi's algorithm.
 
+    Sequences lie side by side, so every operation is on long rows whatever the trellis. States are numbered with the
+    oldest digit first, so the minimum over it is one over blocks of rows, and the states that are left are in order.
+
     Args:
-        x: in steps of 1/64, at most 5 in size; at most 512 long, a multiple of 8.
+        x: in steps of 1/64, at most 5 in size; at most 512 long.
         bits: of a digit.
         state_bits: of a state.
         seam: the digits before each sequence's start, as one number; they must also be those at its end. None: any.
     """
-    (count, length), schedule = x.shape, _schedule(bits, state_bits)
-    phases, digit, older = len(schedule), 1 << bits, 1 << (state_bits - bits)
-    distance = torch.empty(count, older << bits, dtype=torch.int32)
-    best = torch.zeros(count, older, dtype=torch.int32)
+    (count, length), (constant, slope) = x.shape, _distance_terms(bits, state_bits)
+    states, digit, older = 1 << state_bits, 1 << bits, 1 << (state_bits - bits)
+    distance = torch.empty(states, count, dtype=torch.int32)
+    best = torch.zeros(older, count, dtype=torch.int32)
     if seam is not None:
-        best.fill_(_UNREACHABLE).scatter_(1, seam[:, None], 0)
-    history = torch.empty(length // phases, count, older, dtype=torch.uint8)
-    # A torch call on a few thousand numbers is mostly overhead, so every view is made before the loop.
-    laid = [distance.view(count, 1 << (f * bits), digit, digit, -1) for f in range(phases)]
-    spare = [torch.empty_like(best) for _ in range(phases)]
-    source = [b.view(count, 1 << (f * bits), 1, digit, -1) for f, b in enumerate([best, *spare[:-1]])]
-    target = [b.view(laid[f][:, :, :, 0].shape) for f, b in enumerate(spare)]
-    ordered = best.view(count, -1, 1 << (phases * bits)).transpose(1, 2)
-    unordered, low_bits = spare[-1].view(ordered.shape), torch.tensor(-1 << (phases * bits), dtype=torch.int32)
-    columns = iter(x.T.contiguous().unsqueeze(-1).unbind())
-    for ended in history.unbind():
-        for phase, (constant, slope) in enumerate(schedule):
-            torch.addcmul(constant, slope, next(columns), out=distance)
-            laid[phase].add_(source[phase])
-            torch.amin(laid[phase], 3, out=target[phase])
-        ended.copy_(spare[-1])
-        torch.bitwise_and(unordered, low_bits, out=ordered)
-    return _walk_back(history, best.argmin(1) if seam is None else seam, bits, state_bits)
+        best.fill_(_UNREACHABLE).scatter_(0, seam[None], 0)
+    history = torch.empty(length, older, count, dtype=torch.uint8)
+    # A torch call on some thousand numbers is mostly overhead, so every view is made before the loop.
+    before, laid = best.view(older, 1, count), distance.view(older, digit, count)
+    halves = [(distance[:half], distance[half : 2 * half]) for half in (states >> n for n in range(1, bits + 1))]
+    digits_only, low_bits = torch.tensor(digit - 1, dtype=torch.uint8), torch.tensor(-digit, dtype=torch.int32)
+    for column, dropped in zip(x.T.contiguous().unbind(), history.unbind(), strict=True):
+        torch.mul(slope, column, out=distance)
+        distance.add_(constant)
+        laid.add_(before)
+        for first, second in halves[:-1]:
+            torch.minimum(first, second, out=first)
+        torch.minimum(*halves[-1], out=best)
+        dropped.copy_(best)  # its low eight bits
+        best.bitwise_and_(low_bits)
+    history.bitwise_and_(digits_only)
+    return _walk_back(history, best.argmin(0) if seam is None else seam, bits, state_bits)
 
 
 def _walk_back(
-    history: UInt8[Tensor, "periods seqs older"], ends: Int[Tensor, " seqs"], bits: int, state_bits: int
+    history: UInt8[Tensor, "length older seqs"], ends: Int[Tensor, " seqs"], bits: int, state_bits: int
 ) -> UInt8[Tensor, "seqs length"]:
-    """The digits of the paths that end with the digits `ends`; a few numbers a step, so plain Python is fastest.
-
-    History has, for what each period ended with, laid out as [its digits] [older ones], the digits that the period
-    dropped, in the low bits. They came before the older ones.
-    """
-    phases = _period(bits, state_bits)
-    room = phases * bits
-    low, inner = (1 << room) - 1, state_bits - bits - room
-    rest = (1 << inner) - 1
-    older = torch.arange(1 << (state_bits - bits))
-    place: list[int] = (((older & low) << inner) | (older >> room)).tolist()  # of digits in order
-    table = memoryview(history.numpy())  # type: ignore[arg-type]  # numpy's stubs do not say that arrays are buffers
-    paths = []
-    for number, end in enumerate(ends.tolist()):
-        at, path = place[end], []
-        for period in range(len(table) - 1, -1, -1):
-            path.append(at)
-            at = place[(table[period, number, at] & low) << inner | at & rest]
-        paths.append(path[::-1])
-    shifts = torch.arange(phases - 1, -1, -1) * bits + inner
-    digits: Tensor = (torch.tensor(paths).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return digits.flatten(1).to(torch.uint8)
+    """The digits of the paths that end with the digits `ends`, given the digit that each step dropped."""
+    digits = torch.empty(history.shape[0], history.shape[2], dtype=torch.uint8)
+    at = ends.clone()
+    for dropped, digit in zip(reversed(history.unbind()), reversed(digits.unbind()), strict=True):
+        digit.copy_(at & ((1 << bits) - 1))
+        oldest = dropped.gather(0, at[None])[0].long()
+        at = (at >> bits) | (oldest << (state_bits - 2 * bits))
+    return digits.T.contiguous()

@@ -12,7 +12,7 @@ from decoct.ops.packing import pack_bits, unpack_bits
 from decoct.ops.trellis import check_trellis, decode
 from decoct.weights.base import Weight
 
-_LENGTH = 256  # of a sequence, about
+_LENGTH = 128  # of a sequence, about
 _MULTIPLE = 8  # whole bytes, whatever the bits
 
 

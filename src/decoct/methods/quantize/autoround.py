@@ -16,6 +16,9 @@ from decoct.ops.rounding import clipped_codes, rounding_gradients
 from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight, pull_back
 
 _HALF = 0.5  # a weight may move to the neighbouring code, not beyond
+_NEAREST = 0.4  # codes that a weight lies from the code it starts with, at most: nearer to the edge, noise moves it
+_PATH = 0.75  # codes that a weight can move in all, by default
+_SCALE_RATE = 0.25  # a scale's relative step, in steps of a weight
 _SCALE_RANGE = (0.5, 1.5)  # of the scale that was found before
 _LOOKS = 4  # times that the error is measured on the way, to keep the best
 _LOOKED_AT = 32  # sequences that it is measured on
@@ -36,7 +39,7 @@ class AutoRound(BlockMethod):
         symmetric: no zero points, for the same.
         num_steps: gradient steps.
         batch_size: sequences in each.
-        learning_rate: first step size, in codes; None is 1 / num_steps, so that a weight can move by half a code.
+        learning_rate: first step size, in codes; None is 0.75 / num_steps. It decays to zero.
         learn_scale: whether scales are learned too.
         seed: of the order in which sequences are seen.
     """
@@ -44,8 +47,8 @@ class AutoRound(BlockMethod):
     bits: int | None = None
     group_size: int | str = 64
     symmetric: bool = True
-    num_steps: int = 64
-    batch_size: int = 8
+    num_steps: int = 96
+    batch_size: int = 2
     learning_rate: float | None = None
     learn_scale: bool = True
     seed: int = 0
@@ -133,7 +136,7 @@ class AutoRound(BlockMethod):
         """The steps; gives the matrices as they were when the whole error was least."""
         best, least = {name: each.copy() for name, each in learned.items()}, _error(learned, fixed, passage)
         order = _Order(passage.num_sequences, self.batch_size, self.seed)
-        rate = 1.0 / self.num_steps if self.learning_rate is None else self.learning_rate
+        rate = _PATH / self.num_steps if self.learning_rate is None else self.learning_rate
         look_every = -(-self.num_steps // _LOOKS)
         for step in range(self.num_steps):
             now = rate * (1.0 - step / self.num_steps)
@@ -192,19 +195,19 @@ class _Learned:
 class _Latent:
     """Integer codes on their way: where each weight lies between codes, and each group's scale.
 
+    The scale is learned apart from the codes: a position stays where it is when its scale changes.
+
     Attributes:
         before: the codes and scales that it started with.
-        ratio: the wanted weight in units of the first scale.
-        shift: what is added before rounding.
-        start: the shift that gives the codes it started with; it may move half a code from there.
+        position: where each weight lies, in codes counted from zero.
+        start: where it lay; it may move half a code from there.
         first: the scales that it started with.
         factor: what they are multiplied by.
         zero: zero points.
     """
 
     before: GroupInt
-    ratio: Float[Tensor, "out groups size"]
-    shift: Float[Tensor, "out groups size"]
+    position: Float[Tensor, "out groups size"]
     start: Float[Tensor, "out groups size"]
     first: Float[Tensor, "out groups 1"]
     factor: Float[Tensor, "out groups 1"]
@@ -219,18 +222,17 @@ class _Latent:
         scale = grid.scale.float().expand(rows, groups).unsqueeze(-1)
         middle = torch.full_like(grid.scale, 2.0 ** (grid.bits - 1)) if grid.zero is None else grid.zero
         zero = middle.float().expand(rows, groups).unsqueeze(-1)
-        ratio = wanted.reshape(rows, groups, -1) / scale
-        codes = weight.unpack_codes().reshape(ratio.shape) - zero
-        shift = ratio.clamp(codes - 0.49, codes + 0.49).sub_(ratio)
-        return cls(weight, ratio, shift, shift.clone(), scale.clone(), torch.ones_like(scale), zero)
+        codes = weight.unpack_codes().reshape(rows, groups, -1) - zero
+        start = (wanted.reshape(codes.shape) / scale).clamp_(codes - _NEAREST, codes + _NEAREST)
+        return cls(weight, start.clone(), start, scale.clone(), torch.ones_like(scale), zero)
 
     def copy(self) -> Self:
         """What changes, copied."""
-        return replace(self, shift=self.shift.clone(), factor=self.factor.clone())
+        return replace(self, position=self.position.clone(), factor=self.factor.clone())
 
     def values(self) -> Float[Tensor, "out in"]:
         """The weights at these codes and scales, float32."""
-        out = torch.empty_like(self.ratio)
+        out = torch.empty_like(self.position)
 
         def work(part: slice) -> None:
             torch.mul(self._codes(part), self._scale(part), out=out[part])
@@ -240,16 +242,16 @@ class _Latent:
 
     def move(self, gradient: Float[Tensor, "out in"], rate: float, *, learn_scale: bool) -> None:
         """A signed step against the gradient of the loss by the values."""
-        g = gradient.reshape(self.ratio.shape)
+        g = gradient.reshape(self.position.shape)
         own_scales = self.before.scale.shape[0] == self.before.shape[0]  # each row has some; the matrix not one in all
 
         def work(part: slice) -> None:
-            position, shift = self._position(part), self.shift[part]
-            by_shift, by_scale = rounding_gradients(g[part], position, shift, self._scale(part), *self._limits(part))
+            position, start = self.position[part], self.start[part]
+            by_position, by_scale = rounding_gradients(g[part], position, self._scale(part), *self._limits(part))
             if learn_scale and own_scales:
-                self.factor[part] = (self.factor[part] - rate * by_scale.sign()).clamp_(*_SCALE_RANGE)
-            start = self.start[part]
-            self.shift[part] = (shift - rate * by_shift.sign()).clamp_(start - _HALF, start + _HALF)
+                moved = self.factor[part] - _SCALE_RATE * rate * by_scale.sign()
+                self.factor[part] = moved.clamp_(*_SCALE_RANGE)
+            self.position[part] = (position - rate * by_position.sign()).clamp_(start - _HALF, start + _HALF)
 
         each_piece(work, *self.before.shape)
 
@@ -266,16 +268,13 @@ class _Latent:
         """Rounded to what will be stored."""
         return (self.first[part] * self.factor[part]).to(self.before.scale.dtype).float()
 
-    def _position(self, part: slice) -> Tensor:
-        return self.ratio[part] / self.factor[part] + self.shift[part]
-
     def _limits(self, part: slice) -> tuple[Tensor, Tensor]:
         """Least and greatest code, counted from zero."""
         return -self.zero[part], 2**self.before.bits - 1 - self.zero[part]
 
     def _codes(self, part: slice) -> Tensor:
         """Codes counted from zero."""
-        return clipped_codes(self._position(part), *self._limits(part))
+        return clipped_codes(self.position[part], *self._limits(part))
 
 
 class _Order:
