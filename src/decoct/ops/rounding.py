@@ -1,7 +1,7 @@
 """Rounding whose result is learned: codes and scales as functions of real numbers, and gradients through both.
 
-A weight is `scale * code`, `code = clip(round(position))`. Rounding has no gradient of its own, so its result is taken to
-follow its argument ("straight-through", arXiv 1308.3432), except where it is clipped.
+A weight is `scale * code`, `code = clip(round(position))`. Rounding has no gradient of its own, so its result is taken
+to follow its argument ("straight-through", arXiv 1308.3432), except where it is clipped.
 """
 
 from jaxtyping import Float
