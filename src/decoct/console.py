@@ -121,6 +121,12 @@ class Console:
         if result.starved:
             count, first = len(result.starved), result.starved[0]
             self.line(f"warning: no calibration token reached {count} experts' weights (first {first}): no data used")
+        for part, times in result.outlying.items():
+            error = result.errors[part]
+            self.line(
+                f"warning: {part} has an error of {error:.3g}, {times:.0f} times its neighbours'; give it more bits "
+                f'or leave it out with a rule (match: "{part.removeprefix("block ")}.*")'
+            )
         self.line(f"next: decoct evaluate {result.folder} --against BASE --text FILE")
 
     def measurement(self, found: "Measurement") -> None:

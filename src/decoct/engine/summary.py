@@ -1,15 +1,19 @@
 """What a run took and what it found on the way: decoct-run.json, and the Result that the API gives."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from decoct.engine.budget import peak_resident_bytes
 from decoct.engine.stream import Event
 from decoct.model import open_model
 from decoct.store import RUN_SUMMARY, read_json, write_json
+
+_NEIGHBOURS = 2  # blocks on either side that a block's error is compared with
+_STANDS_OUT = 5.0  # times their median
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Result:
             blocks.
         losses: divergence from the model that the recipe began with, in nats a token, before each step of the last
             stage that tuned the whole model; empty if none did.
+        outlying: blocks whose error is more than 5 times their neighbours', and how many times; see `outlying_blocks`.
         starved: slots that no calibration token reached in some stage; they were compressed without data.
     """
 
@@ -35,6 +40,7 @@ class Result:
     seconds: float
     peak_bytes: int
     errors: dict[str, float]
+    outlying: dict[str, float]
     losses: tuple[float, ...]
     starved: tuple[str, ...]
 
@@ -75,16 +81,34 @@ def read_result(folder: Path) -> Result:
     streamed = [stage["parts"] for stage in summary["stages"] if stage["stage"] == "blocks"]
     tuned = [stage["steps"] for stage in summary["stages"] if stage["steps"]]
     starved = [name for stage in summary["stages"] for part in stage["parts"] for name in part["starved"]]
+    errors = {part["part"]: part["error"] for part in streamed[-1] if part["error"] is not None}
     return Result(
         folder=folder,
         nbytes=model.nbytes,
         bits_per_weight=model.bits_per_weight,
         seconds=summary["seconds"],
         peak_bytes=summary["peak_bytes"],
-        errors={part["part"]: part["error"] for part in streamed[-1] if part["error"] is not None},
+        errors=errors,
+        outlying=outlying_blocks(errors),
         losses=tuple(step["loss"] for step in tuned[-1]) if tuned else (),
         starved=tuple(dict.fromkeys(starved)),
     )
+
+
+def outlying_blocks(errors: Mapping[str, float]) -> dict[str, float]:
+    """Blocks with an error above 5 times the median of the two blocks before and the two after; how many times it is.
+
+    Args:
+        errors: by part, in order; parts that are not blocks do not count.
+    """
+    blocks = [(part, error) for part, error in errors.items() if part.startswith("block ")]
+    found = {}
+    for number, (part, error) in enumerate(blocks):
+        near = [*blocks[max(0, number - _NEIGHBOURS) : number], *blocks[number + 1 : number + 1 + _NEIGHBOURS]]
+        usual = median(each for _, each in near) if near else error
+        if error > _STANDS_OUT * usual:
+            found[part] = error / usual if usual else float("inf")
+    return found
 
 
 def _part(event: Event) -> dict[str, Any]:
