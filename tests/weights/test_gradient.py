@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoct.weights import Shared, Weight, pull_back, trainable
+from decoct.weights import Shared, Weight, for_training, pull_back, trainable
 from tests.weights.samples import samples
 
 
@@ -31,3 +31,17 @@ def test_against_finite_differences(name: str) -> None:
         expected = values[1] - values[-1]
         size = float(found[part].norm() * direction.norm())
         assert float((found[part] * direction).sum()) == pytest.approx(expected, abs=1e-4 * size + 1e-6)
+
+
+@pytest.mark.parametrize("name", samples())
+def test_the_form_for_training_means_the_same(name: str) -> None:
+    """Also after its real numbers have changed."""
+    weight: Weight = samples()[name]
+    form = for_training(weight)
+    size = float(weight.unpack(torch.float32).abs().max())
+    rounding = 4 * torch.finfo(weight.dtype).eps * max(size, 1e-6)
+    torch.testing.assert_close(form.unpack(torch.float32), weight.unpack(torch.float32), rtol=0, atol=rounding)
+    changed = {part: 1.25 * tensor for part, tensor in trainable(form).items()}
+    assert changed.keys() <= trainable(weight).keys()
+    both = [each.with_tensors({**each.tensors(), **changed}).unpack(torch.float32) for each in (form, weight)]
+    torch.testing.assert_close(*both, rtol=0, atol=4 * rounding)

@@ -49,6 +49,7 @@ class Plan:
         limit_bytes: what the budget allows.
         output_bytes: predicted size of the result.
         reals: predicted number of real numbers (scales, factors, surviving values) in each compressed slot's weight.
+        unpacked_bytes: predicted bytes that those weights take more while they are trained.
         scratch_bytes: most that activations take on disk at a time.
         seconds: a rough estimate.
         checkpoint_bytes: most that checkpoints of a method on the whole model take in the output folder at a time.
@@ -66,6 +67,7 @@ class Plan:
     limit_bytes: int
     output_bytes: int
     reals: dict[str, int]
+    unpacked_bytes: int
     scratch_bytes: int
     seconds: float
     checkpoint_bytes: int = 0
@@ -131,6 +133,7 @@ def make_plan(
         limit_bytes=limit,
         output_bytes=_output_bytes(model, rehearsal),
         reals=_reals(model, rehearsal),
+        unpacked_bytes=_unpacked_bytes(model, rehearsal),
         scratch_bytes=2 * activations,
         seconds=time_taken(work),
     )
@@ -161,6 +164,14 @@ def _reals(model: Model, rehearsal: Rehearsal) -> dict[str, int]:
             out, cols = model.shape(name)
             found[name] = round(made.reals.of(out, cols))
     return found
+
+
+def _unpacked_bytes(model: Model, rehearsal: Rehearsal) -> int:
+    total = 0.0
+    for name in model.slots():
+        made = rehearsal.made(name)
+        total += 0.0 if made is None else made.unpacked.of(*model.shape(name))
+    return round(total)
 
 
 def _groups(model: Model, chains: Chains, scalings: tuple[EdgeScaling, ...]) -> tuple[Group, ...]:

@@ -48,7 +48,7 @@ def plan_tuning(
         tuned += sum(prod(model.shape(name)) for name in vectors(model))
     working = (
         model.num_parameters * dtype.itemsize  # the model that is imitated
-        + made.output_bytes
+        + (made.output_bytes + made.unpacked_bytes)
         + _STATE_BYTES * tuned
         + _one_step(model, method, data, made, dtype)
     )
@@ -73,6 +73,7 @@ def plan_tuning(
         limit_bytes=limit,
         output_bytes=made.output_bytes,
         reals=made.reals,
+        unpacked_bytes=made.unpacked_bytes,
         scratch_bytes=0,
         seconds=_operations(model, method, data) / (0.5 * product_rate(dtype)),
         checkpoint_bytes=2 * _SAVED_BYTES * tuned,  # the next one is written before the last one goes

@@ -14,7 +14,7 @@ from decoct.engine.rules import Assignment, Method, Resolved
 from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection
 from decoct.model import Model
 from decoct.stats import PairedGram
-from decoct.weights import Dense, Weight, rebuild, tensor_specs, trainable
+from decoct.weights import Dense, Weight, for_training, rebuild, tensor_specs, trainable
 
 Steps = tuple[Resolved, ...]
 """The steps of one stage."""
@@ -44,10 +44,17 @@ class Sizes:
 
 
 class Made(NamedTuple):
-    """What chains of methods make of a matrix: bytes, and how many real numbers are among what is stored."""
+    """What chains of methods make of a matrix.
+
+    Attributes:
+        nbytes: bytes.
+        reals: how many real numbers are among what is stored.
+        unpacked: bytes that it takes more while it is trained.
+    """
 
     nbytes: Sizes
     reals: Sizes
+    unpacked: Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +233,16 @@ def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None, nam
             misfit = error
             continue
         terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
-        counts = [[made.nbytes, sum(tensor.numel() for tensor in trainable(made).values())] for _, made in done]
-        nbytes, reals = torch.linalg.solve(terms, torch.tensor(counts, dtype=torch.float64)).T.tolist()
-        return done[0][0], Made(Sizes(*nbytes), Sizes(*reals))
+        counts = torch.tensor([_counts(made) for _, made in done], dtype=torch.float64)
+        return done[0][0], Made(*(Sizes(*found) for found in torch.linalg.solve(terms, counts).T.tolist()))
     raise ValueError(f"{name}: these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
+
+
+def _counts(made: Weight) -> list[int]:
+    """What is counted of a weight, in the order of `Made`."""
+    trained = for_training(made)
+    reals = sum(tensor.numel() for tensor in trainable(trained).values())
+    return [made.nbytes, reals, trained.nbytes - made.nbytes]
 
 
 def _try_once(

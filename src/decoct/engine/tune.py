@@ -17,7 +17,7 @@ from decoct.engine.write import shard_name, write_shard
 from decoct.methods.quantize.e2e_qp import E2EQP, RelativeAdam, divergence
 from decoct.model import PART, Model
 from decoct.store import open_safetensors, save_safetensors
-from decoct.weights import Weight, pull_back, trainable
+from decoct.weights import Weight, for_training, pull_back, trainable
 
 CHECKPOINT = "tuning.safetensors"
 """The unfinished tuning's state in a stage's folder."""
@@ -83,7 +83,7 @@ class Tuner:
         self._todo = todo
         model = todo.model
         self._runner, self._teacher = Runner(model, todo.dtype), _Teacher(todo.teacher, todo.dtype)
-        self._weights = {name: model.weight(name) for name in model.slots()}
+        self._weights = {name: for_training(model.weight(name)) for name in model.slots()}
         parts = (*range(model.num_blocks), None)
         self._others = {name: model.tensor(name) for block in parts for name in model.others(block)}
         first = {
@@ -142,7 +142,8 @@ class Tuner:
         transposed = {name for name, slot in model.slots().items() if slot.transposed}
         shard = todo.folder / shard_name(number, model.num_blocks + 2)
         vectors = {name: self.adam.value(name) if name in self.adam else self._others[name] for name in others}
-        nbytes = write_shard(shard, {name: self._current(name) for name in slots}, vectors, transposed)
+        weights = {name: self._tuned(name, model.weight(name)) for name in slots}
+        nbytes = write_shard(shard, weights, vectors, transposed)
         todo.journal.finish(part, shard, error=None, nbytes=nbytes, starved=[])
 
     def _through_head(self, tokens: Int[Tensor, "batch seq"], state: Float[Tensor, "batch seq hidden"]) -> float:
@@ -223,8 +224,12 @@ class Tuner:
 
     def _current(self, name: str) -> Weight:
         """A slot's weight with its real numbers as they are now."""
-        weight, keys = self._weights[name], self._keys(name)
-        return weight.with_tensors({**weight.tensors(), **{k: self.adam.value(key) for k, key in keys.items()}})
+        return self._tuned(name, self._weights[name])
+
+    def _tuned(self, name: str, weight: Weight) -> Weight:
+        """A slot's weight, in whichever form, with its real numbers as they are now."""
+        tuned = {part: self.adam.value(key) for part, key in self._keys(name).items()}
+        return weight.with_tensors({**weight.tensors(), **tuned})
 
     def _keys(self, name: str) -> dict[str, str]:
         """What is tuned of a slot, or of a vector, by its name in the weight."""

@@ -7,7 +7,7 @@ from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
 from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
 from decoct.weights.float_block import FloatBlock
-from decoct.weights.gradient import pull_back, trainable
+from decoct.weights.gradient import for_training, pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
@@ -44,6 +44,7 @@ __all__ = [
     "check_version",
     "describe",
     "described_dtype",
+    "for_training",
     "pull_back",
     "rebuild",
     "scale_index",

@@ -16,6 +16,7 @@ from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
 from decoct.weights.rotated import Rotated
+from decoct.weights.scaled import Scaled
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
 from decoct.weights.sum import Sum
@@ -26,7 +27,21 @@ from decoct.weights.two_level_int import TwoLevelInt
 
 def trainable(weight: Weight) -> dict[str, Tensor]:
     """The stored tensors that are real numbers, named as `tensors()` names them: scales, factors, surviving values."""
-    return {name: tensor for name, tensor in weight.tensors().items() if tensor.is_floating_point()}
+    constants = {id(node.middle) for node in weight.walk() if isinstance(node, Scaled)}
+    tensors = weight.tensors().items()
+    return {name: tensor for name, tensor in tensors if tensor.is_floating_point() and id(tensor) not in constants}
+
+
+def for_training(weight: Weight) -> Weight:
+    """The same matrix, to be unpacked again and again: what is slow to unpack and not trained is unpacked already.
+
+    It takes more memory. Everything that `trainable` names of it is named the same, and means the same, in `weight`.
+    """
+    if isinstance(weight, Rotated) and isinstance(weight.inner, Trellis):
+        # The trellis's own scale is left out: that of the rows says the same.
+        return Scaled(weight.shape, weight.dtype, weight.unscaled().to(weight.dtype), weight.left, weight.right)
+    children = {name: for_training(child) for name, child in weight.children().items()}
+    return weight.with_children(children) if children else weight
 
 
 def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Tensor]:
@@ -71,7 +86,7 @@ def _of_own(weight: Weight, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:  #
         case Trellis():
             steps = weight.unit().mul_(g)
             return {"scale": steps.sum(1, keepdim=True) if weight.scale.shape[0] > 1 else steps.sum().reshape(1, 1)}
-        case Binary() | Ternary() | SparseInt():
+        case Binary() | Ternary() | SparseInt() | Scaled():
             return weight.pull_back(g)
         case TwoLevelInt():
             return _of_second_level(weight, g)
