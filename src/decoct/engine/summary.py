@@ -74,6 +74,7 @@ def read_result(folder: Path) -> Result:
     summary, model = read_summary(folder), open_model(folder)
     streamed = [stage["parts"] for stage in summary["stages"] if stage["stage"] == "blocks"]
     tuned = [stage["steps"] for stage in summary["stages"] if stage["steps"]]
+    last = streamed[-1] if streamed else []
     starved = [name for stage in summary["stages"] for part in stage["parts"] for name in part["starved"]]
     return Result(
         folder=folder,
@@ -81,7 +82,7 @@ def read_result(folder: Path) -> Result:
         bits_per_weight=model.bits_per_weight,
         seconds=summary["seconds"],
         peak_bytes=summary["peak_bytes"],
-        errors={part["part"]: part["error"] for part in streamed[-1] if part["error"] is not None},
+        errors={part["part"]: part["error"] for part in last if part["error"] is not None},
         losses=tuple(step["loss"] for step in tuned[-1]) if tuned else (),
         starved=tuple(dict.fromkeys(starved)),
     )

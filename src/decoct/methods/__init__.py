@@ -3,12 +3,15 @@
 from decoct.methods.base import (
     BlockMethod,
     BlockWeights,
+    CacheMethod,
     EdgeScaling,
     LinearCorrection,
     LinearMethod,
     ModelMethod,
     Passage,
+    Place,
 )
+from decoct.methods.cache.kivi import KIVI
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.prune.wanda import Wanda
@@ -31,7 +34,7 @@ from decoct.methods.quantize.spqr import SpQR
 from decoct.methods.quantize.squeezellm import SqueezeLLM
 from decoct.methods.quantize.ternary import Ternary
 
-AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod
+AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod | CacheMethod
 
 METHODS: dict[str, type[AnyMethod]] = {
     "rtn": RTN,
@@ -55,6 +58,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "wanda": Wanda,
     "svd_llm": SVDLLM,
     "eora": EoRA,
+    "kivi": KIVI,
 }
 
 __all__ = [
@@ -62,9 +66,11 @@ __all__ = [
     "AnyMethod",
     "BlockMethod",
     "BlockWeights",
+    "CacheMethod",
     "EdgeScaling",
     "LinearCorrection",
     "LinearMethod",
     "ModelMethod",
     "Passage",
+    "Place",
 ]
