@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from decoct.evaluation import Measurement
     from decoct.methods import AnyMethod
 
-_SHOWN = ("bits", "key_bits", "value_bits", "group_size", "window", "sparsity", "keep", "rank", "num_steps", "learning_rate")  # settings in a plan's table
+_SHOWN = (
+    "bits",
+    "key_bits",
+    "value_bits",
+    "group_size",
+    "window",
+    "sparsity",
+    "keep",
+    "rank",
+    "num_steps",
+    "learning_rate",
+)  # settings in a plan's table
 _STEP_LINES = 16  # of a stage that takes many steps, so many, and the last, get a line of their own
 
 

@@ -1,6 +1,7 @@
 """`import decoct.hf`, and transformers loads decoct's checkpoints: AutoModelForCausalLM.from_pretrained(folder).
 
-Compressed weights stay packed in memory. `make_cache(folder)` makes the key-value cache that was saved with a model. `import decoct` alone does not import this, nor transformers.
+Compressed weights stay packed in memory. `make_cache(folder)` makes the key-value cache that was saved with a model.
+`import decoct` alone does not import this, nor transformers.
 """
 
 from pathlib import Path
@@ -214,7 +215,8 @@ def make_cache(model: "str | Path | Model") -> PolicyCache:
     policy = read_policy(opened)
     if policy is None:
         raise ValueError(
-            f"{opened.source.label} has no key-value cache policy; save one with a recipe's stage {{cache: {{kivi: …}}}}"
+            f"{opened.source.label} has no key-value cache policy; "
+            "save one with a recipe's stage {cache: {kivi: {bits: 4}}}"
         )
     found = places(policy, Runner(opened, torch.float32).attentions())
     return PolicyCache([BlockCache(policy.method, place) for place in found], [place.sliding_window for place in found])

@@ -35,7 +35,7 @@ class Model:
         family: its architecture's table.
         described: description of every slot that is not dense, by full name.
         lineage: what decoct did to it before, oldest first.
-        cache: how its keys and values are to be kept while it runs, as `methods.policy` describes it; None: as they are.
+        cache: how keys and values are to be kept while it runs, as `methods.policy` describes it; None: as they are.
     """
 
     source: Source

@@ -173,7 +173,9 @@ def _stage(value: Any, where: str) -> Stage:
     if kind == "cache":
         name, settings = _single(inner, f"{where}.cache")
         if name not in _CACHE_METHODS:
-            raise RecipeError(f"{where}.cache: {name!r} is no policy for keys and values{_nearest(name, _CACHE_METHODS)}")
+            raise RecipeError(
+                f"{where}.cache: {name!r} is no policy for keys and values{_nearest(name, _CACHE_METHODS)}"
+            )
         policy = build_method(name, settings, f"{where}.cache")
         assert isinstance(policy, CacheMethod)
         return CacheStage(policy, {"cache": method_settings(policy)})
@@ -196,7 +198,8 @@ def _step(value: Any, where: str) -> StepRules:
         if kind not in METHODS:
             raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear', *_BLOCK_METHODS])}")
         method = build_method(kind, inner, where)
-        _refuse_stage(method, kind, where)
+        if isinstance(method, ModelMethod | CacheMethod):
+            raise _no_step(method, kind, where)
         if not isinstance(method, BlockMethod | EdgeScaling):
             raise RecipeError(f"{where}: {kind} works on single matrices; write {{linear: {{{kind}: …}}}}")
         return method
@@ -220,17 +223,16 @@ def _rule(value: Any, where: str) -> Rule:
     method = None if leave else build_method(names[0], value[names[0]], where)
     if isinstance(method, BlockMethod | EdgeScaling):
         raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
-    if method is not None:
-        _refuse_stage(method, names[0], where)
+    if isinstance(method, ModelMethod | CacheMethod):
+        raise _no_step(method, names[0], where)
     return Rule(patterns, method, share)
 
 
-def _refuse_stage(method: AnyMethod, name: str, where: str) -> None:
-    """Refuse what is no step."""
-    if isinstance(method, ModelMethod):
-        raise RecipeError(f"{where}: {name} works on the whole model; write it as a stage of its own")
+def _no_step(method: ModelMethod | CacheMethod, name: str, where: str) -> RecipeError:
+    """Why a stage does not stand among steps."""
     if isinstance(method, CacheMethod):
-        raise RecipeError(f"{where}: {name} is a policy for keys and values; write the stage {{cache: {{{name}: …}}}}")
+        return RecipeError(f"{where}: {name} is a policy for keys and values; write the stage {{cache: {{{name}: …}}}}")
+    return RecipeError(f"{where}: {name} works on the whole model; write it as a stage of its own")
 
 
 def _step_settings(step: StepRules) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def test_decoding_token_by_token_is_what_is_measured(name: str, tmp_path: Path) 
 @torch.no_grad()
 def test_pieces_of_a_group_are_as_good_as_single_tokens(tmp_path: Path) -> None:
     """A prompt fed `group_size` tokens at a time, from where the window is full, is decoded as it is measured."""
-    out = run(make_base(tmp_path), tmp_path / "out", stages=[{"cache": {"kivi": {"group_size": 8, "window": 8}}}]).folder
+    out = run(
+        make_base(tmp_path), tmp_path / "out", stages=[{"cache": {"kivi": {"group_size": 8, "window": 8}}}]
+    ).folder
     measured = measured_logits(open_model(out), TOKENS, torch.float64)
     torch.testing.assert_close(decoded_logits(out, TOKENS, torch.float64, 8), measured, rtol=1e-4, atol=1e-5)
 

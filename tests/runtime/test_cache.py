@@ -119,7 +119,7 @@ def test_kivis_bytes_are_exact() -> None:
     assert cache.num_packed == packed
     assert cache.packed_nbytes == packed * values // 2 + packed * values // 8 * 4
     assert cache.nbytes == cache.packed_nbytes + (TOKENS - packed) * values * 4
-    held = cache._last[0].untyped_storage().nbytes()  # type: ignore[index]  # noqa: SLF001 - is memory really freed?
+    held = cache._last[0].untyped_storage().nbytes()  # type: ignore[index]
     assert held == (TOKENS - packed) * values // 2 * 4
     cache = filled(KIVI(key_bits=2, value_bits=8, group_size=8, window=0), PLACE, [40])
     assert cache.packed_nbytes == 40 * values // 2 * 5 // 4 + 2 * (40 * values // 2 // 8 * 4)

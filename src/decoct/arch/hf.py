@@ -46,7 +46,9 @@ class Attention:
 class CacheLike(Protocol):
     """What takes the place of transformers' cache while a block runs on whole sequences."""
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """The keys and values to attend to, given all of the sequences' own [batch, heads, tokens, channels]."""
 
     def mask(self, given: Tensor | None, num_tokens: int) -> Tensor | None:
@@ -121,7 +123,8 @@ class Skeleton:
 
         layers = DynamicCache(config=self._model.config).layers
         found = []
-        for layer, call in zip(layers, self.block_calls((1, 2), torch.float32, rest), strict=True):
+        exact = {name: tensor.float() for name, tensor in rest.items()}
+        for layer, call in zip(layers, self.block_calls((1, 2), torch.float32, exact), strict=True):
             turned = call.kwargs.get("position_embeddings")
             pairs = None if turned is None else turned[0].shape[-1] // 2
             frequencies = None if turned is None else torch.atan2(turned[1], turned[0])[0, 1, :pairs]

@@ -83,7 +83,9 @@ class _Listener:
         self.values: Any = None
         self.heads = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """As they came."""
         del layer, args, kwargs
         rows = [tensor.transpose(1, 2).flatten(2).flatten(0, 1) for tensor in (keys, values)]
@@ -100,7 +102,7 @@ class _Listener:
 
 
 def _learn(todo: CachePass, tokens: Int[Tensor, "sequences length"]) -> Learned:
-    """Run the model block by block on the calibration text, and let the policy learn from each block's keys and values."""
+    """Run the model block by block on the calibration text; the policy learns from each block's keys and values."""
     assert todo.method.stat is not None
     model, runner = todo.model, Runner(todo.model, todo.dtype)
     table = model.weight(model.family.embed).unpack(todo.dtype)

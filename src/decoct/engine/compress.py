@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from decoct.engine.budget import Budget
-from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.cache import CachePass, run_cache, written_policy
+from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.plan import Plan

@@ -133,8 +133,8 @@ def plan_stages(
         dtypes: what to run a stage's blocks in, by its number; others: whatever this machine does fastest.
 
     Raises:
-        ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning`, `plan_cache` and `check_disk`; or a
-            calibration text that is not there.
+        ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning`, `plan_cache`,
+            `check_disk`; or a calibration text that is not there.
     """
     plans: tuple[Plan, ...] = ()
     earlier: tuple[tuple[StepRules, ...], ...] = ()

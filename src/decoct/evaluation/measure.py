@@ -17,7 +17,7 @@ from decoct.engine.budget import peak_resident_bytes
 from decoct.engine.data import read_text, text_tokens
 from decoct.engine.runner import Runner
 from decoct.evaluation.divergence import Tally
-from decoct.methods.policy import policy_name, read_policy
+from decoct.methods.policy import Policy, policy_name, read_policy
 from decoct.model import Model
 from decoct.runtime.cache import WholeWindow, places
 from decoct.version import __version__
@@ -122,8 +122,7 @@ def evaluate_model(
     tally, held = _run(model, against, tokens, dtype, on_progress)
     policy = read_policy(model)
     kl = tally.kl() if against is not None else None
-    count, size = tokens.shape
-    start = "BOS" if bos else "no BOS"
+    (count, size), start = tokens.shape, "BOS" if bos else "no BOS"
     return Measurement(
         model=model.source.label,
         against=None if against is None else against.source.label,
@@ -146,9 +145,9 @@ def evaluate_model(
         peak_bytes=peak_resident_bytes(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         decoct=__version__,
-        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}{_cache_protocol(model)}",
-        cache=None if policy is None else (model.cache or {})["policy"],
-        cache_bits=None if not held.num_packed_values else 8 * held.packed_nbytes / held.num_packed_values,
+        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}{_words(policy)}",
+        cache=model.cache and model.cache["policy"],
+        cache_bits=held.bits,
         cache_token_bytes=None if policy is None else held.token_bytes(model.dtype),
     )
 
@@ -219,14 +218,18 @@ class _Held:
         self.num_packed_values += values * cache.num_packed // length
         self.packed_nbytes += cache.nbytes // num_sequences
 
+    @property
+    def bits(self) -> float | None:
+        """Of a packed key or value; None: nothing is packed."""
+        return 8 * self.packed_nbytes / self.num_packed_values if self.num_packed_values else None
+
     def token_bytes(self, dtype: torch.dtype) -> float:
         """Bytes for each token where the tokens that are not packed are held in `dtype`."""
         return (self.packed_nbytes + (self.num_values - self.num_packed_values) * dtype.itemsize) / self.num_tokens
 
 
-def _cache_protocol(model: Model) -> str:
-    """Words for the policy and how it was applied."""
-    policy = read_policy(model)
+def _words(policy: Policy | None) -> str:
+    """The policy for keys and values, and how it was applied, for the protocol."""
     if policy is None:
         return ""
     settings = ", ".join(f"{key} {value}" for key, value in asdict(policy.method).items() if value is not None)

@@ -288,7 +288,7 @@ class CacheMethod(ABC):
 
     @abstractmethod
     def check(self, channels: int, place: Place) -> None:
-        """Raise ValueError, with the remedy, where heads of so many channels cannot be packed. Called while planning."""
+        """Raise ValueError, with the remedy, where heads of so many channels do not fit. Called while planning."""
 
     @abstractmethod
     def pack_keys(self, keys: Float[Tensor, "batch heads tokens channels"], place: Place, start: int) -> Packed:

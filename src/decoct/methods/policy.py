@@ -53,14 +53,13 @@ def read_policy(model: Model) -> Policy | None:
     try:
         ((name, settings),) = model.cache["policy"].items()
         cls = METHODS[name]
-        if not issubclass(cls, CacheMethod):
-            raise TypeError(name)
         method = cls(**settings)
         learned = tuple({key: torch.tensor(value) for key, value in each.items()} for each in model.cache["learned"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
             f"{model.source.label} has a damaged key-value cache policy in decoct.json; write it again"
         ) from None
+    assert isinstance(method, CacheMethod)
     if learned and len(learned) != model.num_blocks:
         raise ValueError(f"{model.source.label}: its key-value cache policy is for another model; write it again")
     return Policy(method, learned)

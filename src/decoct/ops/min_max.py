@@ -1,7 +1,7 @@
 """Asymmetric uniform levels between a group's smallest and largest number, for values that are not centred on zero.
 
-Keys and values of an attention cache have channels that lie far from zero on one side. So the grid begins at the group's
-minimum, a real number, and zero need not be on it (unlike in `ops/grid.py`, where masks need a zero).
+Keys and values of an attention cache have channels that lie far from zero on one side. So the grid begins at the
+group's minimum, a real number, and zero need not be on it (unlike in `ops/grid.py`, where masks need a zero).
 """
 
 import torch

@@ -38,6 +38,7 @@ class BlockCache:
 
     def __init__(self, method: CacheMethod, place: Place) -> None:
         self._method, self._place = method, place
+        self.length = 0
         self._sinks = 0 if place.sliding_window else method.sinks
         self.reset()
 
@@ -57,8 +58,8 @@ class BlockCache:
     @property
     def nbytes(self) -> int:
         """Bytes of everything held: codes, scales, zeros, and the tokens in full precision."""
-        plain = [*(self._first or ()), *(self._last or ())]
-        return self.packed_nbytes + sum(tensor.nbytes for tensor in plain)
+        plain: list[Tensor] = [*(self._first or ()), *(self._last or ())]
+        return self.packed_nbytes + sum(int(tensor.nbytes) for tensor in plain)
 
     @property
     def packed_nbytes(self) -> int:
@@ -155,7 +156,9 @@ class BlockCache:
         spare = packed + self._last[0].shape[2] - (window - 1)
         steps = min(max(spare, 0), packed) // step
         if steps:
-            keys, values = ({n: t[:, :, _entries(t, packed, steps * step) :] for n, t in p.items()} for p in self._packed)
+            keys, values = (
+                {n: t[:, :, _entries(t, packed, steps * step) :] for n, t in p.items()} for p in self._packed
+            )
             self._packed = ({n: t.clone() for n, t in keys.items()}, {n: t.clone() for n, t in values.items()})
             self._dropped += steps * step
 
@@ -211,9 +214,7 @@ class WholeWindow:
         counts = torch.tensor([self._method.packed_after(i, self._place) for i in range(num_tokens)])
         index = torch.arange(num_tokens)
         packed: Bool[Tensor, "tokens tokens"] = (index >= start) & (index < start + counts.unsqueeze(1))
-        return torch.cat(
-            [_without(given, ~packed)[..., start : start + seen], _without(given, packed)], dim=-1
-        )
+        return torch.cat([_without(given, ~packed)[..., start : start + seen], _without(given, packed)], dim=-1)
 
     def _seen(self, length: int) -> int:
         """Tokens that are packed when the last one looks back."""

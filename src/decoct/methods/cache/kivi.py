@@ -14,9 +14,9 @@ from decoct.ops.min_max import pack_between, unpack_between
 class KIVI(CacheMethod):
     """Keys have few channels of large size, the same for all tokens, so each channel gets its own levels.
 
-    A group is `group_size` tokens of one channel for keys, and `group_size` channels of one token for values; each has a
+    A group is `group_size` tokens of one channel for keys, `group_size` channels of one token for values; each has a
     minimum and a step in float16, so 4 bits come to 5 a value with groups of 32. Tokens leave the window a group at a
-    time, keys and values together (the paper lets values leave one by one, and keys all at once).
+    time, keys and values together (the paper lets values leave one by one, and keys a whole window at a time).
 
     Attributes:
         bits: 2 to 8, of keys and values.
@@ -69,7 +69,7 @@ class KIVI(CacheMethod):
     @override
     def pack_keys(self, keys: Float[Tensor, "batch heads tokens channels"], place: Place, start: int) -> Packed:
         """Groups of tokens of each channel."""
-        grouped = keys.unflatten(2, (-1, self.group_size)).transpose(-1, -2)
+        grouped = keys.reshape(*keys.shape[:2], -1, self.group_size, keys.shape[3]).transpose(-1, -2)
         codes, scale, low = pack_between(grouped, self._key_bits)
         return {"codes": codes, "step": scale, "low": low}
 
@@ -81,7 +81,7 @@ class KIVI(CacheMethod):
     @override
     def pack_values(self, values: Float[Tensor, "batch heads tokens channels"], place: Place) -> Packed:
         """Groups of channels of each token."""
-        codes, scale, low = pack_between(values.unflatten(-1, (-1, self.group_size)), self._value_bits)
+        codes, scale, low = pack_between(values.reshape(*values.shape[:3], -1, self.group_size), self._value_bits)
         return {"codes": codes, "step": scale, "low": low}
 
     @override
