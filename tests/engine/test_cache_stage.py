@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import decoct
+import decoct.hf  # registers the format
 from decoct.engine import cache
+from decoct.engine.data import text_tokens
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.evaluation import evaluate_model
 from decoct.methods.cache.kivi import KIVI
-from decoct.methods.policy import read_policy
+from decoct.methods.policy import describe_policy, read_policy
 from decoct.model import open_model
 from decoct.recipe import RecipeError, parse_recipe
 from decoct.store import read_json, write_json
@@ -123,6 +126,49 @@ def test_the_window_matters_and_windows_are_apart(base: Path, tmp_path: Path) ->
         several.cache_token_bytes
         == evaluate_model(open_model(rough), text=text, windows=1, length=32).cache_token_bytes
     )
+
+
+FP8: list[Settings] = [{"blocks": [RTN]}, {"cache": {"fp8_cache": {}}}]
+
+
+def test_what_was_learned_is_saved_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    """Scales are the largest keys and values that the compressed model makes of the calibration text."""
+    assert planned(base, FP8).needs_data
+    model = open_model(run(base, tmp_path / "out", stages=FP8).folder)
+    policy = read_policy(model)
+    assert policy is not None
+    assert describe_policy(policy.method, policy.learned) == model.cache
+    assert model.lineage[-1]["data"]["num_sequences"] == 4
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    class Spy(DynamicCache):  # type: ignore[misc]
+        def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+            seen[layer_idx] = [keys.abs().amax((0, 2, 3)), values.abs().amax((0, 2, 3))]
+            return super().update(keys, values, layer_idx)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = text_tokens(str(base.parent / "text.txt"), model)[: 4 * 16].reshape(4, 16)
+    with torch.no_grad():
+        loaded(tokens, past_key_values=Spy())
+    for block, learned in enumerate(policy.learned):
+        for name, largest in zip(("key_scale", "value_scale"), seen[block], strict=True):
+            torch.testing.assert_close(learned[name], largest / 448, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("part", [0, 3])
+def test_what_was_learned_is_not_learned_again(
+    part: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = FP8[1:]
+    expected = digests(run(base, tmp_path / "whole", stages=stages).folder)
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", stages=stages, watch=stop_after(part))
+
+    def learn(*_: Any) -> None:
+        raise AssertionError("the calibration ran again")
+
+    monkeypatch.setattr(cache, "_learn", learn)
+    assert digests(run(base, tmp_path / "out", stages=stages).folder) == expected
 
 
 REFUSED: dict[str, tuple[list[Settings], str]] = {

@@ -55,6 +55,28 @@ def test_decoding_token_by_token_is_what_is_measured(name: str, tmp_path: Path) 
     assert float(off[20:].max()) > 1e-4, "packed keys and values are seen"
 
 
+OTHERS: dict[str, Settings] = {
+    "kvquant": {"group_size": 8, "sinks": 2, "window": 3},
+    "rotated_int4": {"bits": 4},
+    "fp8_cache": {},
+}
+
+
+@pytest.mark.parametrize("policy", OTHERS)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt2"])
+@torch.no_grad()
+def test_other_policies_too(name: str, policy: str, tmp_path: Path) -> None:
+    """Norms of keys, soft caps, sliding windows beside full ones, positions that turn some channels, none at all."""
+    base, stages = make_base(tmp_path, name), [{"cache": {policy: OTHERS[policy]}}]
+    if (name, policy) == ("gpt2", "kvquant"):
+        with pytest.raises(ValueError, match="this model has none; use kivi"):
+            run(base, tmp_path / "out", stages=stages)
+        return
+    out = run(base, tmp_path / "out", stages=stages).folder
+    measured = measured_logits(open_model(out), TOKENS, torch.float64)
+    torch.testing.assert_close(decoded_logits(out, TOKENS, torch.float64, 1), measured, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_pieces_of_a_group_are_as_good_as_single_tokens(tmp_path: Path) -> None:
     """A prompt fed `group_size` tokens at a time, from where the window is full, is decoded as it is measured."""

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from decoct.methods import CacheMethod, Place
+from decoct.methods.cache.fp8_cache import FP8Cache
 from decoct.methods.cache.kivi import KIVI
+from decoct.methods.cache.kvquant import KVQuant
+from decoct.methods.cache.rotated_int4 import RotatedInt4
 from decoct.runtime import BlockCache, WholeWindow
 from tests.reference.kivi import held_keys, held_values
 
@@ -12,8 +15,14 @@ BATCH, HEADS, CHANNELS, TOKENS = 2, 3, 16, 45
 POLICIES: dict[str, CacheMethod] = {
     "kivi": KIVI(bits=4, group_size=8, window=10),
     "kivi2": KIVI(key_bits=2, value_bits=3, group_size=8, window=0),
+    "kvquant": KVQuant(bits=4, group_size=8, sinks=3, window=5),
+    "rotated_int4": RotatedInt4(),
+    "rotated_int4 in groups": RotatedInt4(bits=2, group_size=8, window=6),
+    "fp8_cache": FP8Cache(window=1),
 }
-PLACE = Place(frequencies=torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]))
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
+SCALES = {"key_scale": torch.tensor([0.03, 0.03, 0.04]), "value_scale": torch.tensor([0.01, 0.02, 0.03])}
+PLACE = Place(frequencies=FREQUENCIES, learned=SCALES)
 EVERY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
 
@@ -50,14 +59,14 @@ def test_kivi_is_the_papers(bits: int, window: int) -> None:
 @EVERY
 @pytest.mark.parametrize("window", [None, 20])
 def test_what_is_held_does_not_depend_on_how_tokens_arrive(policy: CacheMethod, window: int | None) -> None:
-    place = Place(sliding_window=window, frequencies=PLACE.frequencies)
+    place = Place(sliding_window=window, frequencies=FREQUENCIES, learned=SCALES)
     whole = filled(policy, place, [TOKENS])
     for pieces in ([1] * TOKENS, [7, 30, 8], [40, 1, 1, 3]):
         cache = filled(policy, place, pieces)
         assert cache.length == TOKENS
         assert cache.nbytes == whole.nbytes
         for mine, theirs in zip(cache.held(), whole.held(), strict=True):
-            torch.testing.assert_close(mine, theirs)
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @EVERY
@@ -128,8 +137,8 @@ def test_kivis_bytes_are_exact() -> None:
 @EVERY
 def test_a_sliding_window_sees_its_tokens_and_lets_others_go(policy: CacheMethod) -> None:
     keys, values = keys_and_values()
-    place = Place(sliding_window=6, frequencies=PLACE.frequencies)
-    cache, whole = BlockCache(policy, place), BlockCache(policy, Place(frequencies=PLACE.frequencies))
+    place = Place(sliding_window=6, frequencies=FREQUENCIES, learned=SCALES)
+    cache, whole = BlockCache(policy, place), BlockCache(policy, Place(frequencies=FREQUENCIES, learned=SCALES))
     for i in range(TOKENS):
         new = keys[:, :, i : i + 1], values[:, :, i : i + 1]
         seen = cache.update(*new)

@@ -11,7 +11,10 @@ from decoct.methods.base import (
     Passage,
     Place,
 )
+from decoct.methods.cache.fp8_cache import FP8Cache
 from decoct.methods.cache.kivi import KIVI
+from decoct.methods.cache.kvquant import KVQuant
+from decoct.methods.cache.rotated_int4 import RotatedInt4
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.prune.wanda import Wanda
@@ -59,6 +62,9 @@ METHODS: dict[str, type[AnyMethod]] = {
     "svd_llm": SVDLLM,
     "eora": EoRA,
     "kivi": KIVI,
+    "kvquant": KVQuant,
+    "rotated_int4": RotatedInt4,
+    "fp8_cache": FP8Cache,
 }
 
 __all__ = [

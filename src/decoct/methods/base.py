@@ -331,6 +331,33 @@ class CacheMethod(ABC):
         return max(0, num_tokens - sinks - self.window) // self.step * self.step
 
 
+def check_levels(group_size: int, window: int, **bits: int) -> None:
+    """Refuse numbers that no keys and values can be packed with.
+
+    Raises:
+        ValueError: bits not in 2..8, groups that fill no whole bytes, or a negative window.
+    """
+    for name, number in bits.items():
+        if not 2 <= number <= 8:
+            raise ValueError(f"{name} must be 2 to 8, not {number}")
+    if group_size < 8 or group_size % 8:
+        raise ValueError(f"group_size must be a multiple of 8, not {group_size}: groups fill whole bytes")
+    if window < 0:
+        raise ValueError(f"window must not be negative, not {window}")
+
+
+def check_heads(group_size: int, channels: int) -> None:
+    """Refuse groups that do not divide a head.
+
+    Raises:
+        ValueError: says which do.
+    """
+    if channels % group_size:
+        fits = [size for size in (8, 16, 24, 32, 40, 48, 64, 128) if channels % size == 0]
+        hint = f"use one of {fits}" if fits else "no multiple of 8 does: use fp8_cache"
+        raise ValueError(f"group_size {group_size} does not divide heads of {channels} channels; {hint}")
+
+
 DenseRule = Callable[[Float[Tensor, "out in"], Bool[Tensor, "out in"] | None, Any], Weight]
 
 

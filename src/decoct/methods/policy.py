@@ -60,6 +60,7 @@ def read_policy(model: Model) -> Policy | None:
             f"{model.source.label} has a damaged key-value cache policy in decoct.json; write it again"
         ) from None
     assert isinstance(method, CacheMethod)
-    if learned and len(learned) != model.num_blocks:
+    expected = 0 if method.stat is None else model.num_blocks
+    if len(learned) != expected:
         raise ValueError(f"{model.source.label}: its key-value cache policy is for another model; write it again")
     return Policy(method, learned)

@@ -47,3 +47,27 @@ def unpack_between(
     """Undo `pack_between`, float32; `count` numbers in each group."""
     values = unpack_bits(codes, bits, count).float()
     return values.mul_(step.float().unsqueeze(-1)).add_(low.float().unsqueeze(-1))
+
+
+def pack_by_channel(x: Float[Tensor, "batch heads tokens channels"], size: int, bits: int) -> dict[str, Tensor]:
+    """Groups of `size` tokens of each channel; one entry for each group along axis 2."""
+    grouped = x.reshape(*x.shape[:2], -1, size, x.shape[3]).transpose(-1, -2)
+    codes, step, low = pack_between(grouped, bits)
+    return {"codes": codes, "step": step, "low": low}
+
+
+def unpack_by_channel(packed: dict[str, Tensor], size: int, bits: int) -> Float[Tensor, "batch heads tokens channels"]:
+    """Undo `pack_by_channel`, float32."""
+    values = unpack_between(packed["codes"], packed["step"], packed["low"], bits, size)
+    return values.transpose(-1, -2).flatten(2, 3)
+
+
+def pack_by_token(x: Float[Tensor, "batch heads tokens channels"], size: int, bits: int) -> dict[str, Tensor]:
+    """Groups of `size` channels of each token; one entry for each token along axis 2."""
+    codes, step, low = pack_between(x.reshape(*x.shape[:3], -1, size), bits)
+    return {"codes": codes, "step": step, "low": low}
+
+
+def unpack_by_token(packed: dict[str, Tensor], size: int, bits: int) -> Float[Tensor, "batch heads tokens channels"]:
+    """Undo `pack_by_token`, float32."""
+    return unpack_between(packed["codes"], packed["step"], packed["low"], bits, size).flatten(-2)

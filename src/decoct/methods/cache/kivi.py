@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.methods.base import CacheMethod, Packed, Place
-from decoct.ops.min_max import pack_between, unpack_between
+from decoct.methods.base import CacheMethod, Packed, Place, check_heads, check_levels
+from decoct.ops.min_max import pack_by_channel, pack_by_token, unpack_by_channel, unpack_by_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +33,7 @@ class KIVI(CacheMethod):
     window: int = 128
 
     def __post_init__(self) -> None:
-        for name, bits in (("key_bits", self._key_bits), ("value_bits", self._value_bits)):
-            if not 2 <= bits <= 8:
-                raise ValueError(f"{name} must be 2 to 8, not {bits}")
-        if self.group_size < 8 or self.group_size % 8:
-            raise ValueError(f"group_size must be a multiple of 8, not {self.group_size}: groups fill whole bytes")
-        if self.window < 0:
-            raise ValueError(f"window must not be negative, not {self.window}")
+        check_levels(self.group_size, self.window, key_bits=self._key_bits, value_bits=self._value_bits)
 
     @property
     def _key_bits(self) -> int:
@@ -61,30 +55,22 @@ class KIVI(CacheMethod):
 
     @override
     def check(self, channels: int, place: Place) -> None:
-        if channels % self.group_size:
-            fits = [size for size in (8, 16, 24, 32, 40, 48, 64, 128) if channels % size == 0]
-            hint = f"use one of {fits}" if fits else "no multiple of 8 does: use another policy"
-            raise ValueError(f"group_size {self.group_size} does not divide heads of {channels} channels; {hint}")
+        check_heads(self.group_size, channels)
 
     @override
     def pack_keys(self, keys: Float[Tensor, "batch heads tokens channels"], place: Place, start: int) -> Packed:
         """Groups of tokens of each channel."""
-        grouped = keys.reshape(*keys.shape[:2], -1, self.group_size, keys.shape[3]).transpose(-1, -2)
-        codes, scale, low = pack_between(grouped, self._key_bits)
-        return {"codes": codes, "step": scale, "low": low}
+        return pack_by_channel(keys, self.group_size, self._key_bits)
 
     @override
     def unpack_keys(self, packed: Packed, place: Place, start: int) -> Float[Tensor, "batch heads tokens channels"]:
-        values = unpack_between(packed["codes"], packed["step"], packed["low"], self._key_bits, self.group_size)
-        return values.transpose(-1, -2).flatten(2, 3)
+        return unpack_by_channel(packed, self.group_size, self._key_bits)
 
     @override
     def pack_values(self, values: Float[Tensor, "batch heads tokens channels"], place: Place) -> Packed:
         """Groups of channels of each token."""
-        codes, scale, low = pack_between(values.reshape(*values.shape[:3], -1, self.group_size), self._value_bits)
-        return {"codes": codes, "step": scale, "low": low}
+        return pack_by_token(values, self.group_size, self._value_bits)
 
     @override
     def unpack_values(self, packed: Packed, place: Place) -> Float[Tensor, "batch heads tokens channels"]:
-        values = unpack_between(packed["codes"], packed["step"], packed["low"], self._value_bits, self.group_size)
-        return values.flatten(-2)
+        return unpack_by_token(packed, self.group_size, self._value_bits)
