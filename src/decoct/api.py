@@ -17,6 +17,7 @@ from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
 from decoct.exporters import check_format, export_model
 from decoct.methods import METHODS
+from decoct.methods.policy import read_policy
 from decoct.model import Model, open_model
 from decoct.recipe import Recipe, RecipeError, parse_recipe, read_recipe, with_settings
 
@@ -45,6 +46,7 @@ class Inspection:
         bits_per_weight: everything counted.
         roles: its matrices by role, kind of weight and shape.
         lineage: what decoct did to it before.
+        cache: the policy for keys and values that was saved with it, with its settings, by name; None: none.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Inspection:
     bits_per_weight: float
     roles: tuple[RoleSummary, ...]
     lineage: tuple[dict[str, Any], ...]
+    cache: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ def inspect(model: str | Path | Model) -> Inspection:
         bits_per_weight=opened.bits_per_weight,
         roles=roles,
         lineage=opened.lineage,
+        cache=None if read_policy(opened) is None else (opened.cache or {})["policy"],
     )
 
 

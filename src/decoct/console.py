@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from decoct.evaluation import Measurement
     from decoct.methods import AnyMethod
 
-_SHOWN = ("bits", "group_size", "sparsity", "keep", "rank", "num_steps", "learning_rate")  # settings in a plan's table
+_SHOWN = (
+    "bits",
+    "key_bits",
+    "value_bits",
+    "group_size",
+    "window",
+    "sparsity",
+    "keep",
+    "rank",
+    "num_steps",
+    "learning_rate",
+)  # settings in a plan's table
 _STEP_LINES = 16  # of a stage that takes many steps, so many, and the last, get a line of their own
 
 
@@ -74,6 +85,9 @@ class Console:
             shape = f"{row.shape[0]} x {row.shape[1]}"
             table.add_row(row.role, row.kind, str(row.count), shape, _count(row.parameters), share)
         self._console.print(table)
+        for name, settings in (found.cache or {}).items():
+            stated = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
+            self.line(f"keys and values: {name} ({stated})")
         for entry in found.lineage:
             self.line(
                 f"made by decoct {entry.get('decoct')} from {entry.get('source', {}).get('label')}: {entry['stage']}"
@@ -149,6 +163,10 @@ class Console:
             row("top-1 agreement", f"{100 * found.top1_agreement:.2f} %")
         row("size", _size(found.nbytes))
         row("bits per weight", f"{found.bits_per_weight:.2f}")
+        if found.cache_bits is not None:
+            row("bits per packed key or value", f"{found.cache_bits:.2f}")
+        if found.cache_token_bytes is not None:
+            row("keys and values per token", _size(found.cache_token_bytes))
         self._console.print(table)
         self.line(f"{found.protocol}; computed in {found.dtype}; {_duration(found.seconds)}")
 

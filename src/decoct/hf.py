@@ -1,20 +1,24 @@
 """`import decoct.hf`, and transformers loads decoct's checkpoints: AutoModelForCausalLM.from_pretrained(folder).
 
-Compressed weights stay packed in memory. `import decoct` alone does not import this, nor transformers.
+Compressed weights stay packed in memory. `make_cache(folder)` makes the key-value cache that was saved with a model.
+`import decoct` alone does not import this, nor transformers.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from decoct.arch import Slot
+from decoct.engine.runner import Runner
+from decoct.methods.policy import read_policy
 from decoct.model import PART, Model, open_model
-from decoct.runtime import PackedEmbedding, PackedExperts, PackedLinear, PackedWeight
+from decoct.runtime import BlockCache, PackedEmbedding, PackedExperts, PackedLinear, PackedWeight, places
 from decoct.weights import check_version
 
 
@@ -125,6 +129,97 @@ class DecoctQuantizer(HfQuantizer):  # type: ignore[misc]
             for parameter, experts in layout.items()
         }
         _set(model, path, PackedExperts(model.get_submodule(path), rows))
+
+
+class PolicyCache(Cache):  # type: ignore[misc]
+    """Keys and values as a policy that was saved with the model keeps them: packed, the last tokens as they are."""
+
+    def __init__(self, caches: list[BlockCache], windows: list[int | None]) -> None:
+        """Hold a cache for each block, with its attention's sliding window."""
+        super().__init__(layers=[PolicyLayer(*each) for each in zip(caches, windows, strict=True)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, scales and the tokens in full precision included."""
+        return sum(layer.cache.nbytes for layer in self.layers)
+
+
+class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One block's part, as transformers asks for it."""
+
+    def __init__(self, cache: BlockCache, sliding_window: int | None) -> None:
+        super().__init__()
+        self.cache, self.sliding_window = cache, sliding_window
+        self.is_sliding = sliding_window is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is allocated ahead."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take new tokens; gives what attention looks at."""
+        self.is_initialized = True
+        return self.cache.update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.cache.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number and first position of the tokens that the next `update` gives."""
+        held = self.cache.length
+        if self.sliding_window is not None:
+            held = min(held, self.sliding_window - 1)
+        return held + query_length, self.cache.length - held
+
+    def get_max_length(self) -> int:
+        """The sliding window, or no limit."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.cache.reset()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Choose sequences, as beam search does."""
+        self.cache.each_sequence(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        self.cache.each_sequence(lambda tensor: tensor[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.cache.each_sequence(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: packed tokens do not become what they were."""
+        if tokens_to_remove:
+            raise ValueError("a packed key-value cache cannot take tokens back; generate without assisted decoding")
+
+    def offload(self) -> None:
+        """Refuse: it is small, and stays where it is."""
+        raise ValueError("a packed key-value cache is not offloaded; leave offloading away")
+
+
+def make_cache(model: "str | Path | Model") -> PolicyCache:
+    """An empty key-value cache for `generate(…, past_key_values=…)`, as the policy saved with a model says.
+
+    Args:
+        model: the folder that decoct wrote, or an opened model.
+
+    Raises:
+        ValueError: no policy was saved with it.
+    """
+    opened = open_model(model)
+    policy = read_policy(opened)
+    if policy is None:
+        raise ValueError(
+            f"{opened.source.label} has no key-value cache policy; "
+            "save one with a recipe's stage {cache: {kivi: {bits: 4}}}"
+        )
+    found = places(policy, Runner(opened, torch.float32).attentions())
+    return PolicyCache([BlockCache(policy.method, place) for place in found], [place.sliding_window for place in found])
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

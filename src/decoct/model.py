@@ -20,6 +20,9 @@ DESCRIPTIONS = "decoct"
 PART = "/"
 """Separates a slot's name from the name of one of its stored tensors: `….q_proj.weight/codes`."""
 
+CACHE_VERSION = 1
+"""Of the policy for keys and values in decoct.json; a reader refuses a later one."""
+
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
@@ -32,12 +35,14 @@ class Model:
         family: its architecture's table.
         described: description of every slot that is not dense, by full name.
         lineage: what decoct did to it before, oldest first.
+        cache: how keys and values are to be kept while it runs, as `methods.policy` describes it; None: as they are.
     """
 
     source: Source
     family: Family
     described: dict[str, dict[str, Any]] = field(default_factory=dict)
     lineage: tuple[dict[str, Any], ...] = ()
+    cache: dict[str, Any] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -192,7 +197,7 @@ def open_model(model: "str | Path | Model") -> Model:
     source = open_source(model)
     family = find_family(source.config)
     _refuse_foreign_quantization(source)
-    opened = Model(source, family, _descriptions(source), _lineage(source))
+    opened = Model(source, family, _descriptions(source), _lineage(source), _cache(source))
     lacking = opened.missing()
     if lacking:
         raise ValueError(
@@ -230,3 +235,17 @@ def _descriptions(source: Source) -> dict[str, dict[str, Any]]:
 def _lineage(source: Source) -> tuple[dict[str, Any], ...]:
     manifest = source.manifest() if isinstance(source, FolderSource) else None
     return tuple((manifest or {}).get("lineage", ()))
+
+
+def _cache(source: Source) -> dict[str, Any] | None:
+    manifest = source.manifest() if isinstance(source, FolderSource) else None
+    stated = (manifest or {}).get("cache")
+    if stated is None:
+        return None
+    version = stated.get("format_version")
+    if not isinstance(version, int) or version > CACHE_VERSION:
+        raise ValueError(
+            f"{source.label}: its key-value cache policy has format {version}, this decoct reads {CACHE_VERSION}; "
+            "install a newer decoct"
+        )
+    return dict(stated)

@@ -13,14 +13,15 @@ from decoct.engine.budget import Budget
 from decoct.engine.data import Data
 from decoct.engine.plan import StepRules
 from decoct.engine.rules import Rule
-from decoct.engine.stages import BlocksStage, ModelStage, Stage
-from decoct.methods import METHODS, AnyMethod, BlockMethod, EdgeScaling, ModelMethod
+from decoct.engine.stages import BlocksStage, CacheStage, ModelStage, Stage
+from decoct.methods import METHODS, AnyMethod, BlockMethod, CacheMethod, EdgeScaling, ModelMethod
 from decoct.methods.quantize.e2e_qp import E2EQP
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
 _BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod | EdgeScaling)]
 _MODEL_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, ModelMethod)]
+_CACHE_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, CacheMethod)]
 _TOP_KEYS = ("name", "about", "data", "budget", "stages", "export")
 
 
@@ -169,11 +170,22 @@ def _stage(value: Any, where: str) -> Stage:
         method = build_method(kind, inner, where)
         assert isinstance(method, E2EQP)
         return ModelStage(method, method_settings(method))
+    if kind == "cache":
+        name, settings = _single(inner, f"{where}.cache")
+        if name not in _CACHE_METHODS:
+            raise RecipeError(
+                f"{where}.cache: {name!r} is no policy for keys and values{_nearest(name, _CACHE_METHODS)}"
+            )
+        policy = build_method(name, settings, f"{where}.cache")
+        assert isinstance(policy, CacheMethod)
+        return CacheStage(policy, {"cache": method_settings(policy)})
     if kind != "blocks":
+        if kind in _CACHE_METHODS:
+            raise RecipeError(f"{where}: {kind} is a policy for keys and values; write {{cache: {{{kind}: …}}}}")
         if kind in METHODS:
             step = f"{{{kind}: …}}" if kind in _BLOCK_METHODS else f"{{linear: {{{kind}: …}}}}"
             raise RecipeError(f"{where}: {kind} works inside a streamed pass; write {{blocks: [{step}]}}")
-        raise RecipeError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks', *_MODEL_METHODS])}")
+        raise RecipeError(f"{where}: unknown stage {kind!r}{_nearest(kind, ['blocks', 'cache', *_MODEL_METHODS])}")
     if not isinstance(inner, list) or not inner:
         raise RecipeError(f"{where}.blocks must be a list of steps, such as [{{linear: {{gptq: {{bits: 4}}}}}}]")
     steps = tuple(_step(step, f"{where}.blocks[{i}]") for i, step in enumerate(inner))
@@ -186,8 +198,8 @@ def _step(value: Any, where: str) -> StepRules:
         if kind not in METHODS:
             raise RecipeError(f"{where}: unknown step {kind!r}{_nearest(kind, ['linear', *_BLOCK_METHODS])}")
         method = build_method(kind, inner, where)
-        if isinstance(method, ModelMethod):
-            raise RecipeError(f"{where}: {kind} works on the whole model; write it as a stage of its own")
+        if isinstance(method, ModelMethod | CacheMethod):
+            raise _no_step(method, kind, where)
         if not isinstance(method, BlockMethod | EdgeScaling):
             raise RecipeError(f"{where}: {kind} works on single matrices; write {{linear: {{{kind}: …}}}}")
         return method
@@ -211,9 +223,16 @@ def _rule(value: Any, where: str) -> Rule:
     method = None if leave else build_method(names[0], value[names[0]], where)
     if isinstance(method, BlockMethod | EdgeScaling):
         raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
-    if isinstance(method, ModelMethod):
-        raise RecipeError(f"{where}: {names[0]} works on the whole model; write it as a stage of its own")
+    if isinstance(method, ModelMethod | CacheMethod):
+        raise _no_step(method, names[0], where)
     return Rule(patterns, method, share)
+
+
+def _no_step(method: ModelMethod | CacheMethod, name: str, where: str) -> RecipeError:
+    """Why a stage does not stand among steps."""
+    if isinstance(method, CacheMethod):
+        return RecipeError(f"{where}: {name} is a policy for keys and values; write the stage {{cache: {{{name}: …}}}}")
+    return RecipeError(f"{where}: {name} works on the whole model; write it as a stage of its own")
 
 
 def _step_settings(step: StepRules) -> dict[str, Any]:

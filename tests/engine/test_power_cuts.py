@@ -15,6 +15,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one stage": {"stages": [{"blocks": [EVERYTHING]}]},
     "two stages": {"stages": [{"blocks": [WANDA]}, {"blocks": [GPTQ, EORA]}]},
     "two chains of states": {"stages": [{"blocks": [GPTQ, AUTOROUND]}]},
+    "a cache policy": {"stages": [{"cache": {"kivi": {"group_size": 8}}}]},
     "tuned": {"stages": [{"blocks": [EVERYTHING]}, {"e2e_qp": {"num_steps": 3}}]},
 }
 
@@ -31,7 +32,9 @@ def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.parametrize(("recipe", "every"), [("one stage", 7), ("two chains of states", 7), ("tuned", 13)])
+@pytest.mark.parametrize(
+    ("recipe", "every"), [("one stage", 7), ("two chains of states", 7), ("a cache policy", 5), ("tuned", 13)]
+)
 def test_some_points(recipe: str, every: int, base: Path, tmp_path: Path) -> None:
     assert cut(base, tmp_path, RECIPES[recipe], every=every) >= 8
 

@@ -4,10 +4,11 @@ Parameters live on the meta device; every call gets its tensors by name (`torch.
 mathematics of an architecture is transformers' own and a model of any size costs a few megabytes here.
 """
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,32 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a key-value cache has to know about one block's attention.
+
+    Attributes:
+        sliding_window: tokens that it looks back, the current one included; None: all.
+        frequencies: of the rotary position embedding, radians a token, one for each pair of channels that is turned
+            (channels i and i + pairs); None: there is none.
+    """
+
+    sliding_window: int | None
+    frequencies: Float[Tensor, " pairs"] | None
+
+
+class CacheLike(Protocol):
+    """What takes the place of transformers' cache while a block runs on whole sequences."""
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to, given all of the sequences' own [batch, heads, tokens, channels]."""
+
+    def mask(self, given: Tensor | None, num_tokens: int) -> Tensor | None:
+        """The mask that goes with them, given the model's own [batch, 1, tokens, tokens]; None: plainly causal."""
 
 
 @dataclass
@@ -90,11 +117,47 @@ class Skeleton:
         self._run_base(rest, {"inputs_embeds": embeds})
         return self._tape.calls
 
+    def attentions(self, rest: Tensors) -> list[Attention]:
+        """What each block's attention looks at. `rest`: the tensors outside the blocks, by module name."""
+        from transformers import DynamicCache
+
+        layers = DynamicCache(config=self._model.config).layers
+        found = []
+        exact = {name: tensor.float() for name, tensor in rest.items()}
+        for layer, call in zip(layers, self.block_calls((1, 2), torch.float32, exact), strict=True):
+            turned = call.kwargs.get("position_embeddings")
+            pairs = None if turned is None else turned[0].shape[-1] // 2
+            frequencies = None if turned is None else torch.atan2(turned[1], turned[0])[0, 1, :pairs]
+            found.append(Attention(layer.sliding_window if layer.is_sliding else None, frequencies))
+        return found
+
     def run_block(
-        self, index: int, tensors: Tensors, hidden: Float[Tensor, "batch seq hidden"], call: BlockCall
+        self,
+        index: int,
+        tensors: Tensors,
+        hidden: Float[Tensor, "batch seq hidden"],
+        call: BlockCall,
+        cache: CacheLike | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """One block's output. `tensors`: its parameters, by name within the block."""
-        out = functional_call(self.blocks[index], dict(tensors), (hidden, *call.args), call.kwargs)
+        """One block's output.
+
+        Args:
+            index: its number.
+            tensors: its parameters, by name within the block.
+            hidden: its input.
+            call: what else it gets.
+            cache: what keys and values go through; None: attention uses them as they are.
+        """
+        block = self.blocks[index]
+        args, kwargs = (hidden, *call.args), call.kwargs
+        if cache is not None:
+            bound = inspect.signature(block.forward).bind(*args, **kwargs)
+            name = "layer_past" if "layer_past" in bound.signature.parameters else "past_key_values"
+            bound.arguments[name] = cache
+            mask = bound.arguments.get("attention_mask")
+            bound.arguments["attention_mask"] = cache.mask(mask, hidden.shape[1])
+            args, kwargs = bound.args, bound.kwargs
+        out = functional_call(block, dict(tensors), args, kwargs)
         return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 
     def head(self, hidden: Float[Tensor, "batch seq hidden"], rest: Tensors) -> Float[Tensor, "batch seq vocab"]:

@@ -93,7 +93,11 @@ class Family:
     def head_size(self, config: Config) -> int:
         """Channels of one attention head."""
         given = config.get("head_dim")
-        return int(given) if given else int(config["hidden_size"]) // int(config["num_attention_heads"])
+        if given:
+            return int(given)
+        if "n_embd" in config:  # GPT-2's names for the same
+            return int(config["n_embd"]) // int(config["n_head"])
+        return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
     def ends(self) -> tuple[Slot, Slot]:
         """The two slots outside the blocks: token embedding and output projection."""

@@ -14,11 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from decoct.engine.budget import Budget
+from decoct.engine.cache import CachePass, run_cache, written_policy
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.plan import Plan
-from decoct.engine.stages import ModelStage, RecipePlan, Stage, plan_stages
+from decoct.engine.stages import CacheStage, ModelStage, RecipePlan, Stage, plan_stages
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
 from decoct.engine.summary import Result, read_result, write_summary
 from decoct.engine.tune import CHECKPOINT, Tuning, run_tuning
@@ -89,7 +90,8 @@ def compress_job(job: Job, watch: Watch) -> Result:
             events.append([])
             entry = _run_stage(job, number, planned, model, tokens, watch, events[-1])
             staged, folder = stage_folder(job.out, number), result_folder(job.out, number, len(job.stages))
-            finish_folder(model, staged, folder, _shards(staged), entry)
+            cache = written_policy(staged) if isinstance(job.stages[number], CacheStage) else model.cache
+            finish_folder(model, staged, folder, _shards(staged), entry, cache)
             model = open_model(folder)
         write_summary(job.out, [planned.kind for planned in plan.stages], events, started)
     run.replace(done)  # at once: a run folder that is half removed would look like an unfinished run
@@ -130,6 +132,9 @@ def _run_stage(
     if isinstance(stage, ModelStage):
         assert tokens is not None
         run_tuning(Tuning(stage.method, model, job.model, tokens, plan.dtype, staged, journal, note))
+        return entry
+    if isinstance(stage, CacheStage):
+        run_cache(CachePass(stage.method, model, tokens, plan.dtype, staged, journal, note))
         return entry
     scratch = scratch_folder(job.out, number, job.budget.scratch)
     scratch.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decoct.arch import Slot, edges
-from decoct.arch.hf import BlockCall, Skeleton, module_tensors
+from decoct.arch.hf import Attention, BlockCall, CacheLike, Skeleton, module_tensors
 from decoct.model import Model
 from decoct.weights import Weight
 
@@ -89,12 +89,22 @@ class Runner:
             raise ValueError(f"{model.source.label} lacks the tensor {name}; the checkpoint is incomplete")
         return laid
 
-    def run(self, block: int, tensors: Mapping[str, Tensor], hidden: Float[Tensor, "batch seq hidden"]) -> Tensor:
-        """One block's output for one batch."""
+    def attentions(self) -> list[Attention]:
+        """What a key-value cache has to know about each block's attention."""
+        return self.skeleton.attentions(self._rest)
+
+    def run(
+        self,
+        block: int,
+        tensors: Mapping[str, Tensor],
+        hidden: Float[Tensor, "batch seq hidden"],
+        cache: CacheLike | None = None,
+    ) -> Tensor:
+        """One block's output for one batch; `cache`: what its keys and values go through."""
         shape = (hidden.shape[0], hidden.shape[1])
         if shape not in self._calls:
             self._calls[shape] = self.skeleton.block_calls(shape, self.dtype, self._rest)
-        return self.skeleton.run_block(block, tensors, hidden, self._calls[shape][block])
+        return self.skeleton.run_block(block, tensors, hidden, self._calls[shape][block], cache)
 
     def logits(
         self, hidden: Float[Tensor, "batch seq hidden"], head: Tensor, others: Mapping[str, Tensor] | None = None

@@ -11,7 +11,9 @@ from decoct.engine.budget import Budget
 from decoct.engine.data import Data, check_source
 from decoct.engine.disk import check_disk, most_on_disk
 from decoct.engine.plan import Plan, StepRules, make_plan
+from decoct.engine.plan_cache import plan_cache
 from decoct.engine.plan_tuning import plan_tuning
+from decoct.methods import CacheMethod
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
 
@@ -42,7 +44,20 @@ class ModelStage:
     description: dict[str, Any]
 
 
-Stage = BlocksStage | ModelStage
+@dataclass(frozen=True, slots=True)
+class CacheStage:
+    """A policy for keys and values, saved with the model; weights stay as they are.
+
+    Attributes:
+        method: the policy.
+        description: the stage as the recipe spells it.
+    """
+
+    method: CacheMethod
+    description: dict[str, Any]
+
+
+Stage = BlocksStage | ModelStage | CacheStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +133,8 @@ def plan_stages(
         dtypes: what to run a stage's blocks in, by its number; others: whatever this machine does fastest.
 
     Raises:
-        ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning` and `check_disk`; or a
-            calibration text that is not there.
+        ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning`, `plan_cache`,
+            `check_disk`; or a calibration text that is not there.
     """
     plans: tuple[Plan, ...] = ()
     earlier: tuple[tuple[StepRules, ...], ...] = ()
@@ -127,6 +142,12 @@ def plan_stages(
         dtype = (dtypes or {}).get(number)
         if isinstance(stage, ModelStage):
             plans += (plan_tuning(model, stage.method, data, budget, plans, dtype),)
+        elif isinstance(stage, CacheStage):
+            if number + 1 < len(stages):
+                raise ValueError(
+                    "cache must be the recipe's last stage: it is for the model as it is in the end; move it there"
+                )
+            plans += (plan_cache(model, stage.method, data, budget, plans, dtype),)
         else:
             plans += (make_plan(model, stage.steps, data, budget, dtype, earlier),)
             earlier += (stage.steps,)

@@ -80,8 +80,9 @@ def read_result(folder: Path) -> Result:
     summary, model = read_summary(folder), open_model(folder)
     streamed = [stage["parts"] for stage in summary["stages"] if stage["stage"] == "blocks"]
     tuned = [stage["steps"] for stage in summary["stages"] if stage["steps"]]
+    last = streamed[-1] if streamed else []
     starved = [name for stage in summary["stages"] for part in stage["parts"] for name in part["starved"]]
-    errors = {part["part"]: part["error"] for part in streamed[-1] if part["error"] is not None}
+    errors = {part["part"]: part["error"] for part in last if part["error"] is not None}
     return Result(
         folder=folder,
         nbytes=model.nbytes,

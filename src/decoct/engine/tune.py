@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from decoct.engine.journal import Journal
 from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
-from decoct.engine.write import shard_name, write_shard
+from decoct.engine.write import contents, shard_name, write_shard
 from decoct.methods.quantize.e2e_qp import E2EQP, RelativeAdam, divergence
 from decoct.model import PART, Model
 from decoct.store import open_safetensors, save_safetensors
@@ -59,21 +59,21 @@ def run_tuning(todo: Tuning) -> None:
     Raises:
         ValueError: the loss or a gradient is not finite.
     """
-    contents = list(_contents(todo.model))
-    tuner = None if all(todo.journal.finished(part) for part, _, _ in contents) else Tuner(todo)
+    parts = list(contents(todo.model))
+    tuner = None if all(todo.journal.finished(part) for part, _, _ in parts) else Tuner(todo)
     losses = _losses(todo.folder / CHECKPOINT)
     for step, loss in enumerate(losses):
         todo.on_event(_step_event(todo, step, loss, 0.0))
     if tuner is not None:
         tuner.run(losses)
-    for number, (part, slots, others) in enumerate(contents):
+    for number, (part, slots, others) in enumerate(parts):
         started = time.perf_counter()
         if todo.journal.finished(part) is None:
             assert tuner is not None
             tuner.write(part, number, slots, others)
         line = todo.journal.parts[part]
         seconds = time.perf_counter() - started
-        todo.on_event(Event(part, number + 1, len(contents), None, seconds, line["nbytes"]))
+        todo.on_event(Event(part, number + 1, len(parts), None, seconds, line["nbytes"]))
 
 
 class Tuner:
@@ -286,15 +286,6 @@ def vectors(model: Model) -> list[str]:
     """Names of a model's norms and biases, in and outside the blocks."""
     everywhere = (*range(model.num_blocks), None)
     return [name for block in everywhere for name in model.others(block) if len(model.shape(name)) == 1]
-
-
-def _contents(model: Model) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Each part's name, slots and other tensors, as a streamed pass divides a model."""
-    head = [slot.name for slot in model.end_slots if slot.role == "lm_head"]
-    yield "embedding", [model.family.embed], []
-    for block in range(model.num_blocks):
-        yield f"block {block}", [model.prefix(block) + slot.name for slot in model.block_slots], model.others(block)
-    yield "lm_head", head, model.others(None)
 
 
 def _head(model: Model) -> str:

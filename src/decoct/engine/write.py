@@ -1,7 +1,7 @@
 """A compressed model's files: one shard for each part, then index, config and manifest, config.json last of all."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,23 @@ def write_shard(path: Path, weights: Mapping[str, Weight], others: Mapping[str, 
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def finish_folder(model: Model, staged: Path, folder: Path, shards: Mapping[str, str], entry: dict[str, Any]) -> None:
+def contents(model: Model) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each part's name, slots and other tensors, as a streamed pass divides a model."""
+    head = [slot.name for slot in model.end_slots if slot.role == "lm_head"]
+    yield "embedding", [model.family.embed], []
+    for block in range(model.num_blocks):
+        yield f"block {block}", [model.prefix(block) + slot.name for slot in model.block_slots], model.others(block)
+    yield "lm_head", head, model.others(None)
+
+
+def finish_folder(
+    model: Model,
+    staged: Path,
+    folder: Path,
+    shards: Mapping[str, str],
+    entry: dict[str, Any],
+    cache: Mapping[str, Any] | None,
+) -> None:
     """Turn finished shards into a checkpoint. Safe to repeat: config.json, without which nothing loads, comes last.
 
     Args:
@@ -53,6 +69,7 @@ def finish_folder(model: Model, staged: Path, folder: Path, shards: Mapping[str,
         folder: the checkpoint's place.
         shards: checksum by shard name.
         entry: what was done, appended to the lineage.
+        cache: the result's policy for keys and values, as `methods.policy` describes it; None: it has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in shards:
@@ -66,6 +83,7 @@ def finish_folder(model: Model, staged: Path, folder: Path, shards: Mapping[str,
         "format_version": FORMAT_VERSION,
         "shards": dict(shards),
         "lineage": [*model.lineage, entry],
+        **({} if cache is None else {"cache": dict(cache)}),
     }
     write_json(folder / MANIFEST, manifest)
     model.source.save_extras(folder)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -16,7 +17,9 @@ from decoct.engine.budget import peak_resident_bytes
 from decoct.engine.data import read_text, text_tokens
 from decoct.engine.runner import Runner
 from decoct.evaluation.divergence import Tally
+from decoct.methods.policy import Policy, policy_name, read_policy
 from decoct.model import Model
+from decoct.runtime.cache import WholeWindow, places
 from decoct.version import __version__
 from decoct.weights import Weight
 
@@ -49,7 +52,11 @@ class Measurement:
         peak_bytes: most memory that the process held.
         date: UTC, ISO 8601.
         decoct: version.
-        protocol: in words.
+        protocol: in words, the policy for keys and values included.
+        cache: that policy and its settings; None: keys and values as they are.
+        cache_bits: bits of a packed key or value, everything that is stored with it counted; None: nothing is packed.
+        cache_token_bytes: bytes of keys and values for each token at a window's end, all blocks together, the tokens in
+            full precision counted in the model's own dtype.
     """
 
     model: str
@@ -74,6 +81,9 @@ class Measurement:
     date: str
     decoct: str
     protocol: str
+    cache: dict[str, Any] | None
+    cache_bits: float | None
+    cache_token_bytes: float | None
 
 
 OnProgress = Callable[[int, int], None]
@@ -109,10 +119,10 @@ def evaluate_model(
     started = time.perf_counter()
     tokens = _windows(model, text, windows, length, bos)
     _check_base(model, against, tokens.shape[1])
-    tally = _run(model, against, tokens, dtype, on_progress)
+    tally, held = _run(model, against, tokens, dtype, on_progress)
+    policy = read_policy(model)
     kl = tally.kl() if against is not None else None
-    count, size = tokens.shape
-    start = "BOS" if bos else "no BOS"
+    (count, size), start = tokens.shape, "BOS" if bos else "no BOS"
     return Measurement(
         model=model.source.label,
         against=None if against is None else against.source.label,
@@ -135,7 +145,10 @@ def evaluate_model(
         peak_bytes=peak_resident_bytes(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         decoct=__version__,
-        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}",
+        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}{_words(policy)}",
+        cache=model.cache and model.cache["policy"],
+        cache_bits=held.bits,
+        cache_token_bytes=None if policy is None else held.token_bytes(model.dtype),
     )
 
 
@@ -181,21 +194,67 @@ def _windows(
     return torch.cat([torch.full((count, 1), int(token)), cut], dim=1)
 
 
+@dataclass(slots=True)
+class _Held:
+    """What the measured model's cache holds at the end of a window, all blocks together.
+
+    Attributes:
+        num_tokens: of the window.
+        num_values: keys and values, packed or not.
+        num_packed_values: those that are packed.
+        packed_nbytes: what these take.
+    """
+
+    num_tokens: int = 0
+    num_values: int = 0
+    num_packed_values: int = 0
+    packed_nbytes: int = 0
+
+    def add(self, cache: WholeWindow, num_sequences: int, length: int) -> None:
+        """A block's, after it ran on so many sequences."""
+        values = cache.num_values // num_sequences
+        self.num_tokens = length
+        self.num_values += values
+        self.num_packed_values += values * cache.num_packed // length
+        self.packed_nbytes += cache.nbytes // num_sequences
+
+    @property
+    def bits(self) -> float | None:
+        """Of a packed key or value; None: nothing is packed."""
+        return 8 * self.packed_nbytes / self.num_packed_values if self.num_packed_values else None
+
+    def token_bytes(self, dtype: torch.dtype) -> float:
+        """Bytes for each token where the tokens that are not packed are held in `dtype`."""
+        return (self.packed_nbytes + (self.num_values - self.num_packed_values) * dtype.itemsize) / self.num_tokens
+
+
+def _words(policy: Policy | None) -> str:
+    """The policy for keys and values, and how it was applied, for the protocol."""
+    if policy is None:
+        return ""
+    settings = ", ".join(f"{key} {value}" for key, value in asdict(policy.method).items() if value is not None)
+    return f"; keys and values as in decoding token by token with {policy_name(policy.method)} ({settings})"
+
+
 def _run(
     model: Model,
     against: Model | None,
     tokens: Int[Tensor, "windows length"],
     dtype: torch.dtype,
     on_progress: OnProgress,
-) -> Tally:
-    """Every block of both models in turn, then the logits."""
+) -> tuple[Tally, _Held]:
+    """Every block of both models in turn, then the logits; each with its own policy for keys and values."""
     runners = [Runner(each, dtype) for each in (model, against) if each is not None]
     states = [_embed(runner, tokens) for runner in runners]
+    caches = [_caches(runner) for runner in runners]
+    held = _Held()
     depth = max(runner.model.num_blocks for runner in runners)
     for block in range(depth):
-        for runner, hidden in zip(runners, states, strict=True):
+        for runner, hidden, of_blocks in zip(runners, states, caches, strict=True):
             if block < runner.model.num_blocks:
-                _advance(runner, block, hidden)
+                size = _advance(runner, block, hidden, of_blocks[block])
+                if runner.model is model and (cache := of_blocks[block]) is not None:
+                    held.add(cache, size, tokens.shape[1])
         on_progress(block + 1, depth)
     heads = [_head(runner.model).unpack(dtype) for runner in runners]
     tally = Tally()
@@ -208,7 +267,7 @@ def _run(
                 for runner, hidden, head in zip(runners, states, heads, strict=True)
             ]
             tally.add(logits[0], window[start + 1 : stop + 1], logits[1] if len(logits) > 1 else None)
-    return tally
+    return tally, held
 
 
 def _embed(runner: Runner, tokens: Int[Tensor, "windows length"]) -> Tensor:
@@ -216,8 +275,16 @@ def _embed(runner: Runner, tokens: Int[Tensor, "windows length"]) -> Tensor:
     return torch.cat([runner.embed(window.unsqueeze(0), table) for window in tokens])
 
 
-def _advance(runner: Runner, block: int, hidden: Tensor) -> None:
-    """Replace hidden states by the block's outputs, in place."""
+def _caches(runner: Runner) -> list[WholeWindow | None]:
+    """What each block's keys and values go through."""
+    policy = read_policy(runner.model)
+    if policy is None:
+        return [None] * runner.model.num_blocks
+    return [WholeWindow(policy.method, place) for place in places(policy, runner.attentions())]
+
+
+def _advance(runner: Runner, block: int, hidden: Tensor, cache: WholeWindow | None) -> int:
+    """Replace hidden states by the block's outputs, in place; gives how many sequences ran at a time."""
     model = runner.model
     weights = {
         model.prefix(block) + slot.name: model.weight(model.prefix(block) + slot.name) for slot in model.block_slots
@@ -225,7 +292,8 @@ def _advance(runner: Runner, block: int, hidden: Tensor) -> None:
     laid = runner.lay_out(block, weights)
     size = runner.batch_size(*hidden.shape[:2])
     for start in range(0, hidden.shape[0], size):
-        hidden[start : start + size] = runner.run(block, laid, hidden[start : start + size])
+        hidden[start : start + size] = runner.run(block, laid, hidden[start : start + size], cache)
+    return size
 
 
 def _head(model: Model) -> Weight:

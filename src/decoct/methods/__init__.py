@@ -3,12 +3,18 @@
 from decoct.methods.base import (
     BlockMethod,
     BlockWeights,
+    CacheMethod,
     EdgeScaling,
     LinearCorrection,
     LinearMethod,
     ModelMethod,
     Passage,
+    Place,
 )
+from decoct.methods.cache.fp8_cache import FP8Cache
+from decoct.methods.cache.kivi import KIVI
+from decoct.methods.cache.kvquant import KVQuant
+from decoct.methods.cache.rotated_int4 import RotatedInt4
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.prune.wanda import Wanda
@@ -31,7 +37,7 @@ from decoct.methods.quantize.spqr import SpQR
 from decoct.methods.quantize.squeezellm import SqueezeLLM
 from decoct.methods.quantize.ternary import Ternary
 
-AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod
+AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod | CacheMethod
 
 METHODS: dict[str, type[AnyMethod]] = {
     "rtn": RTN,
@@ -55,6 +61,10 @@ METHODS: dict[str, type[AnyMethod]] = {
     "wanda": Wanda,
     "svd_llm": SVDLLM,
     "eora": EoRA,
+    "kivi": KIVI,
+    "kvquant": KVQuant,
+    "rotated_int4": RotatedInt4,
+    "fp8_cache": FP8Cache,
 }
 
 __all__ = [
@@ -62,9 +72,11 @@ __all__ = [
     "AnyMethod",
     "BlockMethod",
     "BlockWeights",
+    "CacheMethod",
     "EdgeScaling",
     "LinearCorrection",
     "LinearMethod",
     "ModelMethod",
     "Passage",
+    "Place",
 ]

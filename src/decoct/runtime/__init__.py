@@ -1,5 +1,14 @@
-"""Running compressed models: modules that keep their weights packed."""
+"""Running compressed models: modules that keep their weights packed, and caches that keep keys and values packed."""
 
+from decoct.runtime.cache import BlockCache, WholeWindow, places
 from decoct.runtime.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedWeight
 
-__all__ = ["PackedEmbedding", "PackedExperts", "PackedLinear", "PackedWeight"]
+__all__ = [
+    "BlockCache",
+    "PackedEmbedding",
+    "PackedExperts",
+    "PackedLinear",
+    "PackedWeight",
+    "WholeWindow",
+    "places",
+]
