@@ -104,7 +104,9 @@ class _Searcher:
     """One search's folder and what lies there already."""
 
     def __init__(self, job: Job, search: Search, plan: SearchPlan, tokens: Tensor, folder: Path, watch: Watch) -> None:
-        self._job, self._search, self._plan, self._tokens = job, search, plan, tokens
+        held = search.held_out(len(tokens))
+        self._job, self._search, self._plan = job, search, plan
+        self._making, self._judging = tokens[: -held if held < len(tokens) else None], tokens[-held:]
         self._target, self._folder, self._watch = plan.target, folder, watch
         self._identity = {
             **_identity(job, search, plan.target),
@@ -143,7 +145,7 @@ class _Searcher:
             widths = ", ".join(map(str, self._target.widths))
             self._watch.began(f"compressing every searched matrix with {widths} bits")
             self._made = make_candidates(
-                self._target, self._tokens, self._plan.dtype, self._folder, journal, self._watch.event
+                self._target, self._making, self._plan.dtype, self._folder, journal, self._watch.event
             )
         return self._made
 
@@ -160,7 +162,7 @@ class _Searcher:
                 write_json(path, value)
 
             self._watch.began("measuring how much each matrix matters, from gradients")
-            tokens = self._tokens[: self._search.num_sequences]
+            tokens = self._judging[: self._search.num_sequences]
             known = {} if saved is None else _by_bits(saved["costs"])
             states = self._folder / "states"
             costs = find_costs(
@@ -241,11 +243,11 @@ class _Searcher:
         return {name: bits[name] for name in self._job.model.slots() if name in bits}
 
     def _measured(self) -> int:
-        """Sequences that true divergences are measured on: the last ones, which gradients saw only if there are few."""
-        return min(self._search.num_measured, len(self._tokens))
+        """Sequences that true divergences are measured on."""
+        return min(self._search.num_measured, len(self._judging))
 
     def _measurer(self) -> Measurer:
-        return Measurer(self._target, self._candidates(), self._tokens[-self._measured() :])
+        return Measurer(self._target, self._candidates(), self._judging[: self._measured()])
 
 
 def _identity(job: Job, search: Search, target: Target) -> dict[str, Any]:

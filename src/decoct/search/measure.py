@@ -114,7 +114,7 @@ class Measurer:
         """One block's outputs for all sequences."""
         laid = self._runner.lay_out_matrices(block, matrices)
         size = self._runner.batch_size(*state.shape[:2])
-        return torch.cat([self._runner.run(block, laid, part) for part in state.split(size)])
+        return torch.cat([self._runner.run(block, laid, part) for part in torch.split(state, size)])
 
 
 class _BlockRun:

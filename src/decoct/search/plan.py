@@ -203,7 +203,7 @@ def _seconds(target: Target, base: Plan, data: Data, search: Search) -> float:
     seconds = base.seconds + solving / full
     seconds += 8 * count * length * whole / (0.5 * full) + len(target.widths) * count * target.entries / _UNPACKED
     if search.num_measured:
-        measured = min(search.num_measured, data.num_sequences)
+        measured = min(search.num_measured, search.held_out(data.num_sequences))
         roles = len({tie.role for tie in target.ties})
         quick, slow = search.offspring * max(1, measured // 4), (max(1, search.offspring // 4)) * measured
         runs = roles * len(target.widths) * measured + search.generations * (quick + slow)
@@ -212,4 +212,4 @@ def _seconds(target: Target, base: Plan, data: Data, search: Search) -> float:
 
 
 def _num_sequences(search: Search, data: Data) -> int:
-    return min(search.num_sequences, data.num_sequences)
+    return min(search.num_sequences, search.held_out(data.num_sequences))

@@ -15,8 +15,9 @@ class Search(BaseModel):
         bits: average bits for each weight of the matrices that are searched, scales and all else they store counted.
         size: bytes of all tensors of the whole result; instead of `bits`.
         widths: bits to choose from; None: those of 2, 3, 4, 5, 6, 8 that the method has.
-        num_sequences: calibration sequences whose gradients tell how much each matrix matters.
-        num_measured: calibration sequences on which true divergences are measured, to correct the estimates and to
+        num_sequences: calibration sequences whose gradients tell how much each matrix matters; held out of the others,
+            on whose statistics candidates are made: see `held_out`.
+        num_measured: of the same, sequences on which true divergences are measured, to correct the estimates and to
             select in the evolution; 0: estimates are taken as they are, and nothing evolves.
         generations: of the evolution; 0: the estimates' best choice is final.
         offspring: changed choices that are tried in each generation.
@@ -33,6 +34,14 @@ class Search(BaseModel):
     generations: int = Field(default=10, ge=0)
     offspring: int = Field(default=16, ge=1)
     seed: int = 0
+
+    def held_out(self, num_sequences: int) -> int:
+        """How many of so many calibration sequences judge, while the others make the candidates; at most half.
+
+        A candidate fits the text it was made on. Judged on that text, the matrices where this matters most, those of
+        the first blocks, would look better than they are. A single sequence has to serve for both.
+        """
+        return min(max(self.num_sequences, self.num_measured), num_sequences // 2) or num_sequences
 
     @field_validator("size", mode="before")
     @classmethod
