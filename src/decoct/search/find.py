@@ -12,6 +12,7 @@ Everything that takes time is saved beside the run, so that a search that is kil
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ class _Searcher:
             "compute_dtype": str(plan.dtype).removeprefix("torch."),
         }
         self._made: Candidates | None = None
+        self._compared: Measurer | None = None
 
     def run(self) -> Found:
         """Every phase that is not done yet."""
@@ -196,6 +198,7 @@ class _Searcher:
             measurer = self._measurer()
             factors: dict[str, dict[int, float]] = {}
             for number, (role, names) in enumerate(roles.items()):
+                started = time.perf_counter()
                 choices = [dict.fromkeys(names, bits) for bits in self._target.widths]
                 true = measurer.divergences(choices, self._measured())
                 estimates = [sum(costs[name][bits] for name in names) for bits in self._target.widths]
@@ -203,7 +206,8 @@ class _Searcher:
                     bits: found / estimate if found > 0 and estimate > 0 else 1.0
                     for bits, found, estimate in zip(self._target.widths, true, estimates, strict=True)
                 }
-                self._watch.event(Event(f"true divergence, {role}", number + 1, len(roles), None, 0.0, 0))
+                seconds = time.perf_counter() - started
+                self._watch.event(Event(f"true divergence, {role}", number + 1, len(roles), None, seconds, 0))
             write_json(path, {"identity": self._identity, "factors": factors})
             saved = _saved(path, self._identity)
             assert saved is not None
@@ -221,10 +225,14 @@ class _Searcher:
         measurer = self._measurer()
         self._watch.began("changing bits here and there, and keeping what is better")
 
+        started = time.perf_counter()
+
         def keep(now: Generation) -> None:
+            nonlocal started
+            seconds, started = time.perf_counter() - started, time.perf_counter()
             value = {"number": now.number, "parent": now.parent, "divergence": now.divergence, "first": now.first}
             write_json(path, {"identity": key, **value})
-            event = Event(f"generation {now.number}", now.number, search.generations, None, 0.0, 0, loss=now.divergence)
+            event = Event(f"generation {now.number}", now.number, search.generations, None, seconds, 0, loss=now.divergence)
             self._watch.event(event)
 
         return evolve(
@@ -247,7 +255,10 @@ class _Searcher:
         return min(self._search.num_measured, len(self._judging))
 
     def _measurer(self) -> Measurer:
-        return Measurer(self._target, self._candidates(), self._judging[: self._measured()])
+        """Kept, since it knows the uncompressed model's predictions."""
+        if self._compared is None:
+            self._compared = Measurer(self._target, self._candidates(), self._judging[: self._measured()])
+        return self._compared
 
 
 def _identity(job: Job, search: Search, target: Target) -> dict[str, Any]:

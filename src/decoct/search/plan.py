@@ -121,12 +121,12 @@ def budget_bytes(search: Search, plan: SearchPlan, reach: tuple[int, int]) -> in
         low, high = (f"{8 * nbytes / entries:.2f}" for nbytes in reach)
         raise ValueError(
             f"{search.bits:g} bits cannot be met: with scales and all else counted these matrices take {low} bits per "
-            f"weight with {bits[0]} bits each, {high} with {bits[-1]}; ask for {low} or more, or choose larger groups"
+            f"weight with {bits[0]} bits each, {high} with {bits[-1]}; ask for more than {low}, or choose larger groups"
         )
     low, high = (format_size(plan.other_bytes + nbytes) for nbytes in (least, most))
     raise ValueError(
         f"{format_size(search.size)} cannot be met: the result takes {low} with {bits[0]} bits for each searched "
-        f"matrix, {high} with {bits[-1]}, {format_size(plan.other_bytes)} of it for all else; ask for {low} or more"
+        f"matrix, {high} with {bits[-1]}, {format_size(plan.other_bytes)} of it for all else; ask for more than {low}"
     )
 
 
