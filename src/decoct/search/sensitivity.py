@@ -90,8 +90,7 @@ class _Fisher:
         last = self._model.num_blocks
         self._folder.mkdir(parents=True, exist_ok=True)
         self._forwards()
-        done = [block for block in range(last + 1) if self._states("gradient").path(block).exists()]
-        for block in reversed(range(-1, min(done, default=last + 1))):
+        for block in reversed(range(-1, self._done_down_to())):
             started = time.perf_counter()
             if block == last:
                 part, found = "lm_head", self._head()
@@ -104,14 +103,24 @@ class _Fisher:
                     before = self._costs.get(name, {})
                     self._costs[name] = {bits: cost + before.get(bits, 0.0) for bits, cost in each.items()}
             else:
+                self._gradient.commit(block)
                 self._costs.update(found)
                 self._save(self._costs)
-                self._gradient.commit(block)
                 self._states("gradient").discard(block + 1)
                 self._states("probe").discard(block + 1)
             seconds = time.perf_counter() - started
             self._on_event(Event(f"gradients, {part}", last - block + 1, last + 2, None, seconds, 0))
         return self._costs
+
+    def _done_down_to(self) -> int:
+        """The block (lm_head: one more than the last) that an earlier process did last: gradient kept, costs known."""
+        last = self._model.num_blocks
+        for block in range(last + 1):
+            prefix = self._model.prefix(block) if block < last else self._head_name
+            known = all(name in self._costs for name in self._searched if name.startswith(prefix))
+            if known and self._states("gradient").path(block).exists():
+                return block
+        return last + 1
 
     def _forwards(self) -> None:
         """Save what enters each block, and what leaves the last one."""
