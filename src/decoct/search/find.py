@@ -232,8 +232,8 @@ class _Searcher:
             seconds, started = time.perf_counter() - started, time.perf_counter()
             value = {"number": now.number, "parent": now.parent, "divergence": now.divergence, "first": now.first}
             write_json(path, {"identity": key, **value})
-            event = Event(f"generation {now.number}", now.number, search.generations, None, seconds, 0, loss=now.divergence)
-            self._watch.event(event)
+            part, total = f"generation {now.number}", search.generations
+            self._watch.event(Event(part, now.number, total, None, seconds, 0, loss=now.divergence))
 
         return evolve(
             begin,

@@ -180,10 +180,17 @@ def _peak(target: Target, base: Plan, search: Search, data: Data) -> int:
     loaded = resident_bytes() + FIXED
     activations = base.scratch_bytes // 2 if base.in_memory else 0  # a search keeps them on disk
     making = int(base.peak_bytes / MARGIN) - loaded - activations + block * sum(target.widths) // 8
-    running = 8 * data.sequence_length * model.shape(model.family.embed)[1] * 4 * 4
-    gradients = 8 * block + max(GRADIENTS_BYTES, 4 * block) + 12 * largest + running
-    logits = 3 * 4 * head + 6 * 4 * LOGITS_AT_ONCE
-    measuring = 4 * block + 2 * STATES_BYTES + running if search.num_measured else 0
+    widths = sum(sum(model.shape(prefix + slot.name)) for slot in model.block_slots if slot.expert in (None, 0))
+    running = 4 * 4 * data.sequence_length * widths  # as a block kept for its gradient: see the estimate of a pass
+    waiting = max(4 * block, min(GRADIENTS_BYTES, 4 * block * _num_sequences(search, data)))
+    gradients = 8 * block + waiting + 12 * largest + running
+    rows, width = model.shape(model.family.embed)
+    logits = 3 * 4 * head + 6 * 4 * min(LOGITS_AT_ONCE, data.sequence_length * rows)
+    state = search.held_out(data.num_sequences) * data.sequence_length * width * 4
+    side_by_side = min(STATES_BYTES, max(search.offspring, len(target.widths)) * state)
+    measuring = (
+        4 * block + 2 * max(side_by_side, state) + state + max(4 * running, logits) if search.num_measured else 0
+    )
     return int(MARGIN * (loaded + max(making, gradients, logits, measuring)))
 
 
