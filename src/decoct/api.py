@@ -131,7 +131,7 @@ def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
 def plan(
     model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = (), out: Path | None = None
 ) -> RecipePlan:
-    """What a recipe would do and take, stage by stage; nothing is run.
+    """What a recipe would do and take, stage by stage; nothing is run. What a search would change: `plan_search`.
 
     Args:
         model: folder, .gguf file, hub id, or an opened model.

@@ -285,8 +285,8 @@ def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:
         return cls(**value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}.{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        place = ".".join([where, *(str(part) for part in first["loc"])])
+        raise RecipeError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ LOGITS_AT_ONCE = 1 << 23
 """Entries of one chunk of logits."""
 
 STATES_BYTES = 1 << 29
-"""Of the hidden states that are held side by side, twice: before a block and after it."""
+"""Of the hidden states that are held side by side, before a block and after it."""
 
 _Run = Callable[[tuple[int | None, ...], Tensor | None], Tensor]
 

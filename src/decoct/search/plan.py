@@ -187,10 +187,8 @@ def _peak(target: Target, base: Plan, search: Search, data: Data) -> int:
     rows, width = model.shape(model.family.embed)
     logits = 3 * 4 * head + 6 * 4 * min(LOGITS_AT_ONCE, data.sequence_length * rows)
     state = search.held_out(data.num_sequences) * data.sequence_length * width * 4
-    side_by_side = min(STATES_BYTES, max(search.offspring, len(target.widths)) * state)
-    measuring = (
-        4 * block + 2 * max(side_by_side, state) + state + max(4 * running, logits) if search.num_measured else 0
-    )
+    side_by_side = max(2 * state, min(STATES_BYTES, 2 * max(search.offspring, len(target.widths)) * state))
+    measuring = 4 * block + side_by_side + state + max(4 * running, logits) if search.num_measured else 0
     return int(MARGIN * (loaded + max(making, gradients, logits, measuring)))
 
 
