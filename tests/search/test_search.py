@@ -1,6 +1,7 @@
 """A search as a whole: targets are met, what goes together gets the same bits, and nothing is done twice."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,13 @@ def test_refusals_at_once(base: Path, tmp_path: Path, case: str) -> None:
         decoct.compress(base, recipe(base, linear, **search), tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         decoct.plan_search(base, recipe(base, linear, **search))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_scipy_nothing_begins(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ValueError, match=r"pip install 'decoct\[search\]'"):
+        decoct.compress(base, recipe(base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

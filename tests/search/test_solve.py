@@ -62,6 +62,6 @@ def test_refusals() -> None:
 
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ValueError, match=r"pip install 'decoct\[search\]'"):
         solve([[1.0]], [[10]], 29)

@@ -15,6 +15,7 @@ from decoct.model import Model
 from decoct.search.measure import LOGITS_AT_ONCE, STATES_BYTES
 from decoct.search.sensitivity import GRADIENTS_BYTES
 from decoct.search.settings import Search
+from decoct.search.solve import check_solver
 from decoct.search.target import Target, find_target
 from decoct.store import free_bytes
 
@@ -69,8 +70,10 @@ def plan_search(
         dtype: what to gather statistics in; None: whatever this machine does fastest.
 
     Raises:
-        ValueError: nothing to choose, a target out of reach, or too little memory; each says what to do.
+        ValueError: nothing to choose, a target out of reach, too little memory, or scipy is not installed; each says
+            what to do.
     """
+    check_solver()
     check_length(data, model)
     check_source(data)
     target = find_target(model, stages, search)

@@ -1,9 +1,21 @@
 """One choice for each group at the least total cost within a number of bytes: an integer programme, solved exactly."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from math import gcd
 
+_MISSING = "choosing bits needs scipy: pip install 'decoct[search]'"
 _SCALE = 1e6  # the largest cost handed to the solver, whose absolute tolerances are then far below what matters
+
+
+def check_solver() -> None:
+    """Refuse to begin a search whose last step could not run.
+
+    Raises:
+        ValueError: scipy is not installed.
+    """
+    if find_spec("scipy") is None:
+        raise ValueError(_MISSING)
 
 
 def solve(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
@@ -23,12 +35,10 @@ def solve(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budg
     least = sum(min(each) for each in sizes)
     if least > budget:
         raise ValueError(f"the smallest choice takes {least} bytes, the budget is {budget}; raise the target")
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError:
-        raise ValueError("choosing bits needs scipy: pip install 'decoct[search]'") from None
+    check_solver()
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
 
     cost = np.array([value for each in costs for value in each], dtype=np.float64)
     if not np.isfinite(cost).all():
