@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from decoct.version import __version__
 
 if TYPE_CHECKING:
-    from decoct.api import compress, evaluate, export, inspect, load_recipe, plan
+    from decoct.api import compress, evaluate, export, inspect, load_recipe, plan, plan_search
     from decoct.engine.compress import Watch
     from decoct.methods import METHODS
     from decoct.model import open_model
 
 _WHERE = {
-    **dict.fromkeys(["compress", "evaluate", "export", "inspect", "load_recipe", "plan"], "decoct.api"),
+    **dict.fromkeys(["compress", "evaluate", "export", "inspect", "load_recipe", "plan", "plan_search"], "decoct.api"),
     "METHODS": "decoct.methods",
     "open_model": "decoct.model",
     "Watch": "decoct.engine.compress",
@@ -34,6 +34,7 @@ __all__ = [
     "load_recipe",
     "open_model",
     "plan",
+    "plan_search",
 ]
 
 

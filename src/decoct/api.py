@@ -2,8 +2,8 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from decoct.exporters import check_format, export_model
 from decoct.methods import METHODS
 from decoct.methods.policy import read_policy
 from decoct.model import Model, open_model
-from decoct.recipe import Recipe, RecipeError, parse_recipe, read_recipe, with_settings
+from decoct.recipe import Recipe, RecipeError, parse_recipe, read_recipe, recipe_text, with_rules, with_settings
+from decoct.search import Found, SearchPlan, find_bits
+from decoct.search import plan_search as plan_bits
+from decoct.store import atomic_path
 
 RecipeLike = str | Path | dict[str, Any] | Sequence[str | Path | dict[str, Any]]
 """A preset's name, a recipe file, a recipe as data, or several of these to run one after another."""
@@ -132,7 +135,7 @@ def load_recipe(recipe: RecipeLike, settings: Sequence[str] = ()) -> Recipe:
 def plan(
     model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = (), out: Path | None = None
 ) -> RecipePlan:
-    """What a recipe would do and take, stage by stage; nothing is run.
+    """What a recipe would do and take, stage by stage; nothing is run. What a search would change: `plan_search`.
 
     Args:
         model: folder, .gguf file, hub id, or an opened model.
@@ -147,6 +150,33 @@ def plan(
     return plan_stages(open_model(model), parsed.stages, parsed.data, parsed.budget, out)
 
 
+def plan_search(
+    model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = ()
+) -> tuple[SearchPlan, RecipePlan] | None:
+    """What a recipe's search would do and take, and the recipe as it would be with all bits alike; None: no search.
+
+    The second plan has the widest bits that keep the target everywhere; the real ones are not known yet.
+
+    Args:
+        model: folder, .gguf file, hub id, or an opened model.
+        recipe: see RecipeLike.
+        settings: `key=value` texts as `--set` takes them, e.g. "search.bits=3.3".
+
+    Raises:
+        ValueError: anything that would stop the search or the run later.
+    """
+    parsed = load_recipe(recipe, settings)
+    if parsed.search is None:
+        return None
+    opened = open_model(model)
+    found = plan_bits(opened, parsed.stages, parsed.data, parsed.budget, parsed.search)
+    target = found.target
+    fitting = [b for b in target.widths if 8 * sum(target.sizes(b).values()) / target.entries <= found.wanted_bits]
+    rules = target.rules(dict.fromkeys(target.names, max(fitting, default=target.widths[0])))
+    alike = with_rules(parsed, target.stage, target.step, rules)
+    return found, plan_stages(opened, alike.stages, alike.data, alike.budget, None)
+
+
 def compress(
     model: str | Path | Model,
     recipe: RecipeLike,
@@ -155,8 +185,12 @@ def compress(
     settings: Sequence[str] = (),
     fresh: bool = False,
     watch: Watch | None = None,
+    write_recipe: str | Path | None = None,
+    on_found: Callable[[Found], None] = lambda _: None,
 ) -> Result:
     """Run a recipe and write the result to `out`; the same call again resumes a run that was cut off.
+
+    A recipe with `search` has its bits chosen first, and is then run as an ordinary one.
 
     Args:
         model: folder, .gguf file, hub id, or an opened model.
@@ -165,6 +199,8 @@ def compress(
         settings: `key=value` texts as `--set` takes them, e.g. "gptq.bits=3".
         fresh: replace what decoct left in `out` before.
         watch: where progress goes.
+        write_recipe: file for the recipe that the search finds; without a search, for the recipe as it is.
+        on_found: told what the search chose.
 
     Raises:
         ValueError: anything the user can mend, in one line.
@@ -172,6 +208,16 @@ def compress(
     parsed = load_recipe(recipe, settings)
     folder = Path(out)
     job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh)
+    about = "Written by decoct."
+    if parsed.search is not None:
+        target, found = find_bits(job, parsed.search, watch or Watch())
+        on_found(found)
+        parsed, fresh = with_rules(parsed, target.stage, target.step, target.rules(found.choice)), False
+        job = replace(job, stages=parsed.stages, fresh=fresh)
+        about = f"Bits chosen by decoct: {found.bits:.3f} bits per weight of the matrices searched."
+    if write_recipe is not None:
+        with atomic_path(Path(write_recipe)) as partial:
+            partial.write_text(recipe_text(parsed, about), encoding="utf-8")
     missing = [form for form in parsed.export if not (folder / form / "config.json").exists()]
     if missing and not fresh and is_result_of(folder, job):
         result = read_result(folder)  # only its exports were cut off

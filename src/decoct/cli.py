@@ -15,6 +15,7 @@ from decoct.version import __version__
 if TYPE_CHECKING:
     from decoct.engine.plan import Plan
     from decoct.engine.stages import RecipePlan
+    from decoct.search import SearchPlan
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +36,13 @@ SetOption = Annotated[
 ]
 TextOption = Annotated[
     str | None, typer.Option("--data", metavar="TEXT", help="Calibration: a text file, a hub dataset, or self.")
+]
+BitsOption = Annotated[
+    float | None,
+    typer.Option("--bits", help="Choose each matrix's bits so that they average this, scales counted, e.g. 3.3."),
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="Choose each matrix's bits so that the result takes this, e.g. 60MiB.")
 ]
 MemoryOption = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Memory limit, e.g. 3GiB.")]
 
@@ -69,6 +77,8 @@ def plan(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
     settings: SetOption = None,
+    bits: BitsOption = None,
+    size: SizeOption = None,
     data: TextOption = None,
     memory: MemoryOption = None,
     json: JsonOption = False,
@@ -77,9 +87,18 @@ def plan(
     import decoct
 
     with _errors(json=json):
-        chosen, changes = _recipe(recipe, preset, settings, data, memory)
-        found = decoct.plan(model, chosen, settings=changes)
-        _answer(json=json, value=_plan_json(found), show=lambda console: console.plan(found))
+        changes = _target(bits, size)
+        chosen, changes = _recipe(recipe, preset, [*(settings or []), *changes], data, memory, search=bool(changes))
+        searching = decoct.plan_search(model, chosen, settings=changes)
+        found = decoct.plan(model, chosen, settings=changes) if searching is None else searching[1]
+        value = _plan_json(found) | ({} if searching is None else {"search": _search_json(searching[0])})
+
+        def show(console: Console) -> None:
+            if searching is not None:
+                console.search_plan(searching[0])
+            console.plan(found)
+
+        _answer(json=json, value=value, show=show)
 
 
 @app.command()
@@ -89,6 +108,11 @@ def compress(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the result (required).")] = None,
     preset: PresetOption = None,
     settings: SetOption = None,
+    bits: BitsOption = None,
+    size: SizeOption = None,
+    write_recipe: Annotated[
+        Path | None, typer.Option("--write-recipe", metavar="FILE", help="Write the recipe that was found, as YAML.")
+    ] = None,
     data: TextOption = None,
     memory: MemoryOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Empty OUT first, if decoct wrote it.")] = False,
@@ -100,9 +124,14 @@ def compress(
     with _errors(json=json, resumable=True):
         if out is None:
             raise typer.BadParameter("say where the result goes: -o OUT", param_hint="-o / --out")
-        chosen, changes = _recipe(recipe, preset, settings, data, memory)
-        with Console.for_stderr().progress() as watch:
-            result = decoct.compress(model, chosen, out, settings=changes, fresh=fresh, watch=watch)
+        changes = _target(bits, size)
+        chosen, changes = _recipe(recipe, preset, [*(settings or []), *changes], data, memory, search=bool(changes))
+        console = Console.for_stderr()
+        with console.progress() as watch:
+            result = decoct.compress(
+                model, chosen, out, settings=changes, fresh=fresh, watch=watch,
+                write_recipe=write_recipe, on_found=console.found,
+            )  # fmt: skip
         _answer(json=json, value=asdict(result), show=lambda console: console.result(result))
 
 
@@ -179,8 +208,23 @@ def main() -> None:
     app()
 
 
+def _target(bits: float | None, size: str | None) -> list[str]:
+    """Settings for a search; what is given here replaces the recipe's own target."""
+    if bits is not None and size is not None:
+        raise typer.BadParameter("give --bits or --size, not both", param_hint="--bits / --size")
+    if bits is not None:
+        return [f"search.bits={bits}", "search.size=null"]
+    return [] if size is None else [f"search.size={size}", "search.bits=null"]
+
+
 def _recipe(
-    recipe: str | None, preset: list[str] | None, settings: list[str] | None, data: str | None, memory: str | None
+    recipe: str | None,
+    preset: list[str] | None,
+    settings: list[str] | None,
+    data: str | None,
+    memory: str | None,
+    *,
+    search: bool,
 ) -> tuple[list[str | Path], list[str]]:
     chosen: list[str | Path] = [Path(recipe)] if recipe else []
     if recipe and Path(recipe).suffix not in (".yaml", ".yml"):
@@ -188,6 +232,8 @@ def _recipe(
             f"{recipe} is no .yaml file; presets are given as --preset {recipe}", param_hint="RECIPE"
         )
     chosen += preset or []
+    if search and not chosen:
+        chosen = ["w4"]  # GPTQ with groups of 64, whose bits are then chosen
     if not chosen:
         raise typer.BadParameter("give a recipe file, or a preset such as --preset w4", param_hint="RECIPE")
     changes = list(settings or [])
@@ -207,6 +253,22 @@ def _plan_json(found: "RecipePlan") -> dict[str, object]:
         "seconds": found.seconds,
         "bits_per_weight": found.bits_per_weight,
         "stages": [_stage_json(stage) for stage in found.stages],
+    }
+
+
+def _search_json(found: "SearchPlan") -> dict[str, object]:
+    target = found.target
+    return {
+        "groups": len(target.ties),
+        "matrices": len(target.names),
+        "parameters": target.entries,
+        "widths": list(target.widths),
+        "wanted_bits": found.wanted_bits,
+        "least_bits": found.least_bits,
+        "most_bits": found.most_bits,
+        "peak_bytes": found.peak_bytes,
+        "disk_bytes": found.disk_bytes,
+        "seconds": found.seconds,
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from decoct.engine.summary import Result
     from decoct.evaluation import Measurement
     from decoct.methods import AnyMethod
+    from decoct.search import Found, SearchPlan
 
 _SHOWN = (
     "bits",
@@ -126,6 +128,31 @@ class Console:
             f"time     about {_duration(found.seconds)} ({calibration if found.needs_data else 'no data needed'})"
         )
 
+    def search_plan(self, found: "SearchPlan") -> None:
+        """What comes before a recipe whose bits are searched."""
+        target = found.target
+        name = target.method.__name__.lower()
+        widths = ", ".join(map(str, target.widths))
+        self.line(
+            f"search   {name}'s bits, from {widths}, for {len(target.ties)} groups of {len(target.names)} matrices "
+            f"({_count(target.entries)} weights)"
+        )
+        self.line(
+            f"target   {found.wanted_bits:.2f} bits per weight of these, scales counted; "
+            f"{found.least_bits:.2f} to {found.most_bits:.2f} can be had"
+        )
+        self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
+        self.line(f"disk     about {_size(found.disk_bytes)} while it runs")
+        self.line(f"time     about {_duration(found.seconds)}, then the recipe with the bits that it finds:")
+
+    def found(self, found: "Found") -> None:
+        """What a search chose."""
+        counts = Counter(found.choice.values())
+        shown = ", ".join(f"{count} with {bits} bits" for bits, count in sorted(counts.items()))
+        self.line(f"chose    {found.bits:.3f} bits per weight: {shown}")
+        if found.divergence is not None and found.first is not None:
+            self.line(f"KL       {found.divergence:.4f} on calibration text, {found.first:.4f} before the evolution")
+
     def result(self, result: "Result") -> None:
         """`decoct compress`."""
         self.line(
@@ -209,7 +236,12 @@ class Console:
                 bar.reset(task, left="")
                 self.stage_plan(found)
 
-            yield Watch(message=self.line, planned=planned, event=event)
+            def began(what: str) -> None:
+                clock.reset()
+                bar.reset(task, left="")
+                self.line(what)
+
+            yield Watch(message=self.line, planned=planned, event=event, began=began)
 
     @contextmanager
     def counter(self, what: str) -> Iterator[Callable[[int, int], None]]:

@@ -1,7 +1,7 @@
 """Recipes: YAML or Python data in, stages out. A method's fields are its keys; a wrong key names the nearest one."""
 
 import difflib
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -16,13 +16,14 @@ from decoct.engine.rules import Rule
 from decoct.engine.stages import BlocksStage, CacheStage, ModelStage, Stage
 from decoct.methods import METHODS, AnyMethod, BlockMethod, CacheMethod, EdgeScaling, ModelMethod
 from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.search.settings import Search
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
 _BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod | EdgeScaling)]
 _MODEL_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, ModelMethod)]
 _CACHE_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, CacheMethod)]
-_TOP_KEYS = ("name", "about", "data", "budget", "stages", "export")
+_TOP_KEYS = ("name", "about", "data", "budget", "search", "stages", "export")
 
 
 class RecipeError(ValueError):
@@ -38,12 +39,14 @@ class Recipe:
         data: calibration.
         budget: limits.
         export: formats to write beside the result.
+        search: how to choose the bits of its quantizer first; None: as the recipe has them.
     """
 
     stages: tuple[Stage, ...]
     data: Data
     budget: Budget
     export: tuple[str, ...] = ()
+    search: Search | None = None
 
 
 def presets() -> dict[str, str]:
@@ -98,11 +101,12 @@ def parse_recipe(value: dict[str, Any]) -> Recipe:
         data=_settings(Data, value.get("data"), "data"),
         budget=_settings(Budget, value.get("budget"), "budget"),
         export=_strings(export, "export"),
+        search=None if value.get("search") is None else _settings(Search, value["search"], "search"),
     )
 
 
 def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Apply `key=value` settings to a recipe: `data.…`, `budget.…`, or `METHOD.FIELD` wherever that method stands.
+    """Apply `key=value` settings to a recipe: `data.…`, `budget.…`, `search.…`, or `METHOD.FIELD` wherever it stands.
 
     Raises:
         RecipeError: no `=`, or a key that names nothing in this recipe.
@@ -117,18 +121,50 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             new = yaml.safe_load(text)
         except yaml.YAMLError:
             raise RecipeError(f"--set {setting!r}: {text!r} is not a valid value") from None
-        if scope in ("data", "budget"):
+        if scope in ("data", "budget", "search"):
             changed.setdefault(scope, {})
             changed[scope] = {**(changed[scope] or {}), name: new}
             continue
         found = list(_method_settings(changed.get("stages"), scope))
         if not found:
             raise RecipeError(
-                f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget or a method"
+                f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget, search or a method"
             )
         for holder in found:
             holder[scope] = {**(holder[scope] or {}), name: new}
     return changed
+
+
+def with_rules(recipe: Recipe, stage: int, step: int, rules: tuple[Rule, ...]) -> Recipe:
+    """The same recipe with other rules in one of its steps, and nothing left to search.
+
+    Args:
+        recipe: whose stage of this number streams the blocks.
+        stage: its number.
+        step: the step's number in it.
+        rules: in order.
+    """
+    old = recipe.stages[stage]
+    assert isinstance(old, BlocksStage)
+    steps = (*old.steps[:step], rules, *old.steps[step + 1 :])
+    new = BlocksStage(steps, {"blocks": [_step_settings(each) for each in steps]})
+    return replace(recipe, stages=(*recipe.stages[:stage], new, *recipe.stages[stage + 1 :]), search=None)
+
+
+def recipe_text(recipe: Recipe, about: str) -> str:
+    """A recipe as YAML that `read_recipe` reads back, every setting stated.
+
+    Args:
+        recipe: to write.
+        about: one sentence for people.
+    """
+    budget = {key: value for key, value in recipe.budget.model_dump(mode="json").items() if value is not None}
+    value: dict[str, Any] = {"about": about, "data": recipe.data.model_dump(mode="json")}
+    value |= {"budget": budget} if budget else {}
+    value["stages"] = [stage.description for stage in recipe.stages]
+    value |= {"search": recipe.search.model_dump(mode="json")} if recipe.search is not None else {}
+    value |= {"export": list(recipe.export)} if recipe.export else {}
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=118, allow_unicode=True)
 
 
 def method_settings(method: AnyMethod) -> dict[str, Any]:
@@ -268,8 +304,8 @@ def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:
         return cls(**value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}.{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        place = ".".join([where, *(str(part) for part in first["loc"])])
+        raise RecipeError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -58,11 +58,13 @@ class Watch:
         message: told one line at a time.
         planned: told each stage's plan before it runs.
         event: told of every finished part, and of every step of a stage that tunes the whole model.
+        began: told in words what a search does next; the events that follow are of this.
     """
 
     message: Callable[[str], None] = field(default=lambda _: None)
     planned: Callable[[Plan], None] = field(default=lambda _: None)
     event: OnEvent = field(default=lambda _: None)
+    began: Callable[[str], None] = field(default=lambda _: None)
 
 
 def compress_job(job: Job, watch: Watch) -> Result:
@@ -76,13 +78,13 @@ def compress_job(job: Job, watch: Watch) -> Result:
     if done.exists() and not job.fresh and is_result_of(job.out, job):
         shutil.rmtree(done)  # all that was left to do
         return read_result(job.out)
-    _check_output(job, run)
+    check_output(job, run)
     plan = _plan(job)
     with exclusive(run):
         if job.fresh:
-            _discard(job.out, run)
-        _check_source(job.model, thorough=plan.needs_data)
-        tokens = _tokens(job, run, watch) if plan.needs_data else None
+            discard(job.out, run)
+        check_source_tensors(job.model, thorough=plan.needs_data)
+        tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
         events: list[list[Event]] = []
         model = job.model
         for number, planned in enumerate(plan.stages):
@@ -113,9 +115,9 @@ def _run_stage(
     tokens = tokens if plan.needs_data else None
     entry: dict[str, Any] = {
         "decoct": __version__,
-        "source": {"label": Path(job.model.source.label).name, "fingerprint": _short(model.source.fingerprint())},
+        "source": {"label": Path(job.model.source.label).name, "fingerprint": short_digest(model.source.fingerprint())},
         "stage": stage.description,
-        "data": None if tokens is None else _data_record(job.data, tokens),
+        "data": None if tokens is None else data_record(job.data, tokens),
         "compute_dtype": str(plan.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
@@ -157,7 +159,7 @@ def _run_stage(
     return entry
 
 
-def _data_record(data: Data, tokens: Tensor) -> dict[str, Any]:
+def data_record(data: Data, tokens: Tensor) -> dict[str, Any]:
     """Calibration as the lineage tells it; a file by its name alone, so that a moved one is still the same."""
     return {**data.model_dump(), "source": _text_name(data), "tokens": tokens_digest(tokens)}
 
@@ -175,10 +177,10 @@ def _plan(job: Job) -> RecipePlan:
     return plan_stages(job.model, job.stages, job.data, job.budget, job.out, fresh=job.fresh, dtypes=dtypes)
 
 
-def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:
+def calibration_tokens(job: Job, run: Path, watch: Watch) -> Tensor:
     """Calibration tokens, saved with the run so that a resumed one has the same."""
     path = run / "tokens.safetensors"
-    key = _short(json.dumps(job.data.model_dump(), sort_keys=True) + job.model.source.fingerprint())
+    key = short_digest(json.dumps(job.data.model_dump(), sort_keys=True) + job.model.source.fingerprint())
     if path.exists():
         saved = open_safetensors(path)
         if saved.metadata.get("key") == key:
@@ -188,8 +190,12 @@ def _tokens(job: Job, run: Path, watch: Watch) -> Tensor:
     return tokens
 
 
-def _check_output(job: Job, run: Path) -> None:
-    """Refuse to write over anything that is not ours to finish."""
+def check_output(job: Job, run: Path) -> None:
+    """Refuse to write over anything that is not ours to finish.
+
+    Raises:
+        ValueError: the output folder holds something else, the model itself, or a finished result.
+    """
     out = job.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the result")
@@ -206,7 +212,7 @@ def _check_output(job: Job, run: Path) -> None:
         raise ValueError(f"{out} is not empty and holds no run of decoct; choose another folder")
 
 
-def _discard(out: Path, run: Path) -> None:
+def discard(out: Path, run: Path) -> None:
     """Remove an unfinished run (but the lock, which is held) and, where decoct wrote it, the result beside it."""
     ours = [path for path in run.iterdir() if path.name != "lock"]
     if (out / MANIFEST).exists():
@@ -223,8 +229,12 @@ def _has_journal(run: Path) -> bool:
     return any(run.glob(f"stage-*/{JOURNAL}"))
 
 
-def _check_source(model: Model, *, thorough: bool) -> None:
-    """Find damage before hours are spent: checksums where there are any, NaN before a long run."""
+def check_source_tensors(model: Model, *, thorough: bool) -> None:
+    """Find damage before hours are spent: checksums where there are any, NaN before a long run.
+
+    Raises:
+        ValueError: something is damaged.
+    """
     if isinstance(model.source, FolderSource):
         model.source.verify()
     if not thorough:
@@ -241,7 +251,8 @@ def _shards(staged: Path) -> dict[str, str]:
     return dict(sorted((entry["shard"], entry["sha256"]) for entry in entries))
 
 
-def _short(text: str) -> str:
+def short_digest(text: str) -> str:
+    """Enough of a checksum to tell two texts apart."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -254,5 +265,5 @@ def is_result_of(folder: Path, job: Job) -> bool:
         return False
     data = {**job.data.model_dump(), "source": _text_name(job.data)}
     read = [{k: v for k, v in entry["data"].items() if k != "tokens"} for entry in made if entry["data"]]
-    same_model = made[0]["source"]["fingerprint"] == _short(job.model.source.fingerprint())
+    same_model = made[0]["source"]["fingerprint"] == short_digest(job.model.source.fingerprint())
     return same_model and all(each == data for each in read)
