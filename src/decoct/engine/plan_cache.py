@@ -69,6 +69,7 @@ def plan_cache(
         limit_bytes=limit,
         output_bytes=model.nbytes,
         reals={},
+        unpacked_bytes=0,
         scratch_bytes=0,
         seconds=seconds,
     )
