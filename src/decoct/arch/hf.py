@@ -5,8 +5,10 @@ mathematics of an architecture is transformers' own and a model of any size cost
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,9 @@ from typing_extensions import override
 from decoct.arch.schema import Config, Family, Slot
 
 Tensors = Mapping[str, Tensor]
+
+Products = Mapping[str, Callable[[Tensor], Tensor]]
+"""By a linear layer's path in its block: what takes the place of x·Wᵀ there, before the bias is added."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,25 @@ class Skeleton:
         return self._tape.calls
 
     def run_block(
-        self, index: int, tensors: Tensors, hidden: Float[Tensor, "batch seq hidden"], call: BlockCall
+        self,
+        index: int,
+        tensors: Tensors,
+        hidden: Float[Tensor, "batch seq hidden"],
+        call: BlockCall,
+        products: Products | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """One block's output. `tensors`: its parameters, by name within the block."""
-        out = functional_call(self.blocks[index], dict(tensors), (hidden, *call.args), call.kwargs)
+        """One block's output.
+
+        Args:
+            index: the block's number.
+            tensors: its parameters, by name within the block; not the matrices of layers that have a product.
+            hidden: what enters it.
+            call: how the model calls it.
+            products: of layers that do more than multiply their input with a matrix.
+        """
+        block = self.blocks[index]
+        with _other_products(block, products or {}):
+            out = functional_call(block, dict(tensors), (hidden, *call.args), call.kwargs)
         return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 
     def head(self, hidden: Float[Tensor, "batch seq hidden"], rest: Tensors) -> Float[Tensor, "batch seq vocab"]:
@@ -121,6 +141,27 @@ class Skeleton:
         self._tape.calls = []
         base = {name.removeprefix(self._base_prefix): t for name, t in rest.items()}
         functional_call(self._model.base_model, base, (), {**inputs, "use_cache": False})
+
+
+@contextmanager
+def _other_products(block: nn.Module, products: Products) -> Iterator[None]:
+    """While the body runs, these linear layers compute another product, and add their bias to it.
+
+    A layer's own `forward` is covered by one on the instance, so hooks on the layer go on seeing its input as it came.
+    """
+    layers = [(block.get_submodule(path), product) for path, product in products.items()]
+    try:
+        for layer, product in layers:
+            layer.forward = partial(_with_bias, layer, product)
+        yield
+    finally:
+        for layer, _ in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _with_bias(layer: nn.Module, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    bias = cast("Tensor | None", layer.bias)  # looked up now: functional_call has put the real one in its place
+    return product(x) if bias is None else product(x) + bias
 
 
 def _empty_model(config: Config) -> Any:

@@ -44,10 +44,11 @@ class Sizes:
 
 
 class Made(NamedTuple):
-    """What chains of methods make of a matrix: bytes, and how many real numbers are among what is stored."""
+    """What chains of methods make of a matrix: bytes, how many real numbers, and whether its inputs are rounded."""
 
     nbytes: Sizes
     reals: Sizes
+    quantizes_inputs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +105,14 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
     found: dict[str, _Verdicts] = {}
     sizes: dict[tuple[Chain, ...], Made] = {}
     for name, course in courses.items():
-        held = _held(model, name)
+        held = held_weight(model, name)
         key = (course, "" if held is None else _structure(held))
         if key not in tried:
             tried[key] = _try(course, model.dtype, held, name)
         found[name], size = tried[key]
         _check_shapes(model, name, [verdict for stage in found[name] for verdict in stage])
+        if size.quantizes_inputs:
+            _check_inputs(model, name)
         kept = tuple(_kept(stage) for stage in found[name])
         _check_order(model, name, kept)
         sizes.setdefault(kept, size)
@@ -152,7 +155,7 @@ def _check_rescalings(model: Model, stages: Sequence[Steps]) -> None:
             compressed |= rescaled
 
 
-def _held(model: Model, name: str) -> Weight | None:
+def held_weight(model: Model, name: str) -> Weight | None:
     """What an earlier run of decoct made of a slot, without its values; None for an uncompressed one."""
     if name not in model.described:
         return None
@@ -181,6 +184,18 @@ def _check_order(model: Model, name: str, course: tuple[Chain, ...]) -> None:
             raise ValueError(f"{name}: the two models may route a token differently; give experts another method")
         if chain and isinstance(chain[0], LinearCorrection):
             raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")
+
+
+def _check_inputs(model: Model, name: str) -> None:
+    """Inputs are rounded where a matrix has a linear layer of its own, inside the blocks."""
+    slot = model.slots()[name]
+    if slot.param is not None:
+        raise ValueError(
+            f"{name}: fused experts read their inputs as they are; "
+            f"begin that step with {{match: {slot.role.split('.')[0]}.*, leave: true}}"
+        )
+    if slot.protected:
+        raise ValueError(f"{name}: {slot.role} reads its inputs as they are; give it a method for weights only")
 
 
 def _check_shapes(model: Model, name: str, verdicts: Sequence[_Verdict]) -> None:
@@ -228,7 +243,7 @@ def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None, nam
         terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
         counts = [[made.nbytes, sum(tensor.numel() for tensor in trainable(made).values())] for _, made in done]
         nbytes, reals = torch.linalg.solve(terms, torch.tensor(counts, dtype=torch.float64)).T.tolist()
-        return done[0][0], Made(Sizes(*nbytes), Sizes(*reals))
+        return done[0][0], Made(Sizes(*nbytes), Sizes(*reals), done[0][1].quantizes_inputs)
     raise ValueError(f"{name}: these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
 
 

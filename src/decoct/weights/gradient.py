@@ -15,6 +15,7 @@ from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.quantized_input import QuantizedInput
 from decoct.weights.rotated import Rotated
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
@@ -25,8 +26,15 @@ from decoct.weights.two_level_int import TwoLevelInt
 
 
 def trainable(weight: Weight) -> dict[str, Tensor]:
-    """The stored tensors that are real numbers, named as `tensors()` names them: scales, factors, surviving values."""
-    return {name: tensor for name, tensor in weight.tensors().items() if tensor.is_floating_point()}
+    """The stored tensors that are real numbers, named as `tensors()` names them: scales, factors, surviving values.
+
+    Scales of inputs are not among them: the matrix does not depend on them.
+    """
+    own = {} if isinstance(weight, QuantizedInput) else weight.own_tensors()
+    found = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
+    for name, child in weight.children().items():
+        found.update(_named(name, trainable(child)))
+    return found
 
 
 def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Tensor]:
@@ -43,6 +51,8 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
     """
     g = gradient.float()
     match weight:
+        case QuantizedInput(inner=inner):
+            return _named("inner", pull_back(inner, g))
         case Masked(inner=inner):
             return _named("inner", pull_back(inner, g * weight.survivors()))
         case LowRank(left=left, right=right):
