@@ -52,7 +52,7 @@ def reference(x: torch.Tensor, grid: InputGrid, scale: torch.Tensor | None, kept
 
 
 def mostly_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Float32 may round a near tie the other way: a symmetric grid's extreme lies on one."""
+    """Float32 may round a near tie the other way."""
     near = torch.isclose(found.double(), expected, rtol=1e-5, atol=1e-9)
     assert float(near.double().mean()) > 0.98
 
@@ -87,7 +87,7 @@ def test_the_error_is_that_of_the_bits(grid: InputGrid) -> None:
     found = round_inputs(x, grid, scale_for(grid, x))
     error = float((found - x).square().sum() / x.square().sum())
     element = {"int": grid.bits, "fp8": 6, "mxfp8": 6, "mxfp6": 5, "mxfp4": 4, "nvfp4": 4}[grid.format]
-    assert 0 < error < 8 * 4.0**-element
+    assert 0 < error < 12 * 4.0**-element
 
 
 @EVERY

@@ -1,6 +1,6 @@
 """Rounded inputs, one token and one group at a time, in plain float64.
 
-Integers, symmetric: s = c·max|x| / ((2^b - 1)/2), codes from -2^(b-1) to 2^(b-1) - 1. With zero points:
+Integers, symmetric: s = c·max|x| / (2^(b-1) - 1), codes from -2^(b-1) to 2^(b-1) - 1. With zero points:
 s = c·(max - min)/(2^b - 1), z = round(-c·min/s), zero inside [min, max]. FP8: s = c·max|x| / 448. The block formats
 as in `minifloat`.
 """
@@ -14,7 +14,7 @@ def integers(group: list[float], bits: int, symmetric: bool, clip: float, scale:
     """A group there and back."""
     if symmetric:
         half = 2 ** (bits - 1)
-        s = scale or clip * max(abs(v) for v in group) / ((2**bits - 1) / 2) or 1.0
+        s = scale or clip * max(abs(v) for v in group) / (half - 1) or 1.0
         return [min(max(round(v / s), -half), half - 1) * s for v in group]
     top, low, high = 2**bits - 1, min(0.0, *group), max(0.0, *group)
     s = clip * (high - low) / top or 1.0

@@ -47,8 +47,12 @@ class InputGrid:
 
     @property
     def largest(self) -> float:
-        """What the scale puts the largest input onto; integers reach it on the negative side only."""
-        return (2**self.bits - 1) / 2 if self.format == "int" else ELEMENTS[FORMATS[self.format][0]].largest
+        """What the scale puts the largest input onto.
+
+        Of symmetric integers it is the largest code, as in the papers' and engines' kernels. Half a code more, as for
+        weights, would put every token's largest input, if negative, onto a tie: the last bit of a sum would decide it.
+        """
+        return 2 ** (self.bits - 1) - 1 if self.format == "int" else ELEMENTS[FORMATS[self.format][0]].largest
 
 
 def check_input_grid(grid: InputGrid) -> None:
@@ -165,7 +169,7 @@ def _integers(groups: Tensor, grid: InputGrid, scale: Tensor | None) -> Tensor:
 
 def _step(peak: Tensor, grid: InputGrid) -> Tensor:
     """The real scale that puts the largest magnitude onto the largest number."""
-    step = peak * (grid.clip_ratio / grid.largest)
+    step = peak * grid.clip_ratio / grid.largest
     return torch.where(step > 0, step, 1.0)
 
 
