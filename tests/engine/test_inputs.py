@@ -199,6 +199,13 @@ def test_what_does_not_go_together_is_refused_while_planning(
         plan_stages(job.model, job.stages, job.data, job.budget, job.out)
 
 
+def test_inputs_may_follow_tuning_in_a_stage_of_their_own(tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    stages: list[Settings] = [{"blocks": [W8]}, {"e2e_qp": {"num_steps": 2}}, {"blocks": [A8]}]
+    model = open_model(run(base, tmp_path / "out", stages=stages).folder)
+    assert all(isinstance(model.weight(name), QuantizedInput) for name in model.described)
+
+
 def test_experts_are_refused_while_planning(tmp_path: Path) -> None:
     base = make_base(tmp_path, "mixtral")
     job = make_job(base, tmp_path / "out", W8, A8)

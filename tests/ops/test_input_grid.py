@@ -82,6 +82,11 @@ def test_a_token_does_not_depend_on_its_batch(grid: InputGrid, dtype: torch.dtyp
 
 
 @EVERY
+def test_no_tokens_are_no_tokens(grid: InputGrid) -> None:
+    assert round_inputs(torch.zeros(0, WIDTH), grid, scale_for(grid, inputs())).shape == (0, WIDTH)
+
+
+@EVERY
 def test_the_error_is_that_of_the_bits(grid: InputGrid) -> None:
     x = gaussian(200, WIDTH)
     found = round_inputs(x, grid, scale_for(grid, x))

@@ -208,7 +208,9 @@ def _pack_integers(stem: str, inner: GroupInt, survivors: Tensor | None, *, a_by
         codes = torch.where(survivors, codes, zero.to(torch.uint8).expand_as(codes))
     offset = 2 ** (inner.bits - 1)
     signed = (codes.to(torch.int16) - offset).to(torch.int8)
-    packed = {f"{stem}.weight_scale": inner.scale.reshape(1) if inner.scale.numel() == 1 else inner.scale}
+    packed: dict[str, Tensor] = {
+        f"{stem}.weight_scale": inner.scale.reshape(1) if inner.scale.numel() == 1 else inner.scale
+    }
     zero = None if grid.zero is None else (grid.zero.to(torch.int16) - offset).to(torch.int8)
     if a_byte_each:
         packed[f"{stem}.weight"] = signed

@@ -124,7 +124,8 @@ def round_inputs(
     wide = x.detach().float()
     if kept is not None:
         wide = wide.index_fill(-1, kept, 0.0)
-    groups = wide.reshape(*x.shape[:-1], -1, input_group(grid, width))
+    size = input_group(grid, width)
+    groups = wide.reshape(*x.shape[:-1], width // size, size)
     if grid.format == "int":
         values = _integers(groups, grid, scale)
     else:

@@ -123,7 +123,7 @@ class QuantizedInput(Weight):
         codes, step = integer_inputs(x.reshape(-1, x.shape[-1]), self.grid(), self.scale)
         weights = (inner.unpack_codes() - 2 ** (inner.bits - 1)).view(torch.int8)  # bytes below zero wrap around
         sums = torch._int_mm(codes, weights.T)  # noqa: SLF001 - torch's only product of int8 with int32 sums
-        return sums.float().mul_(step).mul_(inner.scale.float().T).to(x.dtype).reshape(*x.shape[:-1], -1)
+        return sums.float().mul_(step).mul_(inner.scale.float().T).to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
 
 
 def ready(weight: Weight, dtype: torch.dtype) -> Weight:
