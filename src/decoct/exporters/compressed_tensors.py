@@ -211,16 +211,16 @@ def _pack_integers(stem: str, inner: GroupInt, survivors: Tensor | None, *, a_by
     packed: dict[str, Tensor] = {
         f"{stem}.weight_scale": inner.scale.reshape(1) if inner.scale.numel() == 1 else inner.scale
     }
-    zero = None if grid.zero is None else (grid.zero.to(torch.int16) - offset).to(torch.int8)
+    zeros = None if grid.zero is None else (grid.zero.to(torch.int16) - offset).to(torch.int8)
     if a_byte_each:
         packed[f"{stem}.weight"] = signed
-        if zero is not None:
-            packed[f"{stem}.weight_zero_point"] = zero
+        if zeros is not None:
+            packed[f"{stem}.weight_zero_point"] = zeros
         return packed
     packed[f"{stem}.weight_packed"] = pack_to_int32(signed, inner.bits)
     packed[f"{stem}.weight_shape"] = torch.tensor(inner.shape, dtype=torch.int64)
-    if zero is not None:
-        packed[f"{stem}.weight_zero_point"] = pack_to_int32(zero, inner.bits, packed_dim=0)
+    if zeros is not None:
+        packed[f"{stem}.weight_zero_point"] = pack_to_int32(zeros, inner.bits, packed_dim=0)
     return packed
 
 
