@@ -261,6 +261,18 @@ class AbsMax:
         """The larger of both."""
         return type(self)(torch.maximum(self.maximum, other.maximum), self.num_tokens + other.num_tokens)
 
+    def peak(self) -> Float[Tensor, "in"]:
+        """The maxima, to choose scales from.
+
+        Raises:
+            ValueError: no tokens were seen, or inputs that are not finite.
+        """
+        if self.num_tokens == 0:
+            raise ValueError("no calibration token reached this layer")
+        if not torch.isfinite(self.maximum).all():
+            raise ValueError("the inputs hold NaN or infinite values; the checkpoint or the text is damaged")
+        return self.maximum
+
     def scaled(self, factor: Float[Tensor, "in"]) -> Self:
         """The statistic of factor·x."""
         return type(self)(self.maximum * factor.abs(), self.num_tokens)

@@ -26,6 +26,7 @@ from decoct.weights import (
     Dense,
     LowRank,
     Masked,
+    QuantizedInput,
     Shared,
     Sparse,
     Ternary,
@@ -49,7 +50,8 @@ METHOD_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dt
 
 def whole_rows(cls: type[Method]) -> Method:
     """The defaults, but with groups that fit any width, so that any factor can be quantized."""
-    return cls(**{"group_size": "channel"} if "group_size" in names(cls) else {})
+    whole = "token" if cls.quantizes_inputs else "channel"
+    return cls(**{"group_size": whole} if "group_size" in names(cls) else {})
 
 
 def names(cls: type[Method]) -> list[str]:
@@ -222,7 +224,10 @@ def test_declared_and_stored_bytes_agree(cls: type[Method], dtype: torch.dtype, 
     assert {name: (info.dtype, list(info.shape)) for name, info in file.tensors.items()} == specs
     again = rebuild(description, {name: file.read(name) for name in file.tensors})
     assert torch.equal(again.unpack(), weight.unpack())
-    assert issubclass(cls, LinearCorrection) or weight.nbytes < OUT * IN * dtype.itemsize
+    if isinstance(weight, QuantizedInput) and isinstance(weight.inner, Dense):
+        assert weight.nbytes == OUT * IN * dtype.itemsize  # only inputs are rounded
+    else:
+        assert issubclass(cls, LinearCorrection) or weight.nbytes < OUT * IN * dtype.itemsize
 
 
 @EVERY

@@ -1,5 +1,6 @@
 """Exports are loaded by the engine they are for, without decoct, and give our logits."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from decoct.exporters.compressed_tensors import _pack
 from decoct.model import open_model
 from decoct.weights import FloatBlock, Masked
 from tests.arch.test_families import our_logits
+from tests.engine.running import make_base, run
+from tests.engine.test_inputs import our_logits as rounded_logits
 from tests.hf.test_from_pretrained import compress
 from tests.tiny import save_model
 
@@ -85,6 +88,71 @@ def test_floats_in_transformers(scheme: str, tmp_path: Path) -> None:
     theirs = foreign_logits(tmp_path / "ct", tokens, tmp_path, symmetric=packed)
     ours = our_logits(model, tokens, unpack=torch.float32 if packed else torch.bfloat16)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+W8: dict[str, Any] = {"linear": {"rtn": {"bits": 8, "group_size": "channel"}}}
+W4: dict[str, Any] = {"linear": {"rtn": {"bits": 4, "group_size": 8}}}
+FP8: dict[str, Any] = {"linear": {"mxfp": {"format": "fp8"}}}
+INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "W8A8": (W8, {"bits": 8}, "int-quantized"),
+    "W8A8 static": (W8, {"group_size": "tensor"}, "int-quantized"),
+    "W8A8 asymmetric": (W8, {"symmetric": False}, "int-quantized"),
+    "W4A8": (W4, {"bits": 8}, "int-quantized"),
+    "W4A4": (W4, {"bits": 4}, "int-quantized"),
+    "W4A8, inputs in FP8": (W4, {"format": "fp8"}, "int-quantized"),
+    "FP8 dynamic": (FP8, {"format": "fp8"}, "float-quantized"),
+    "FP8 static": (
+        {"linear": {"mxfp": {"format": "fp8", "group_size": "tensor"}}},
+        {"format": "fp8", "group_size": "tensor"},
+        "float-quantized",
+    ),
+}
+
+
+@pytest.mark.parametrize("scheme", INPUTS)
+@torch.no_grad()
+def test_rounded_inputs_in_transformers(scheme: str, tmp_path: Path) -> None:
+    """Exactly ours, but for symmetric integers by token.
+
+    There compressed-tensors' own arithmetic spreads a token's span over 2^b - 1 steps, while engines' kernels, and we,
+    put the largest input onto code 2^(b-1) - 1. So both differ from what inputs as they are would give, equally.
+    """
+    weights, inputs, form = INPUTS[scheme]
+    base = make_base(tmp_path, intermediate_size=64)
+    model = open_model(run(base, tmp_path / "out", weights, {"linear": {"inputs": inputs}}).folder)
+    export_model(model, "compressed_tensors", tmp_path / "ct")
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    assert config["format"] == group["format"] == form
+    assert group["input_activations"]["dynamic"] == (inputs.get("group_size") != "tensor")
+    tokens = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+    theirs = foreign_logits(tmp_path / "ct", tokens, tmp_path)
+    ours, plain = rounded_logits(model), rounded_logits(model, plain=True)
+    if scheme in ("W8A8", "W4A8", "W4A4"):
+        lost, their_loss = (float((logits - plain).square().mean()) for logits in (ours, theirs))
+        assert lost <= their_loss < 1.5 * lost
+    else:
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+        assert float((ours - plain).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({"clip_ratio": 0.9}, "a weight whose inputs are rounded but for some features, or clipped"),
+        ({"group_size": 16}, "a weight with inputs in int by blocks of 16"),
+        ({"format": "mxfp8"}, "a weight with inputs in mxfp8 by blocks of 32"),
+    ],
+)
+def test_rounded_inputs_that_no_scheme_can_say_are_refused(inputs: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path, intermediate_size=64)
+    model = open_model(run(base, tmp_path / "out", W8, {"linear": {"inputs": inputs}}).folder)
+    with pytest.raises(ValueError, match=rf"q_proj\.weight: it is {reason}.*--fold"):
+        export_model(model, "compressed_tensors", tmp_path / "ct")
+    with pytest.raises(
+        ValueError, match=r"a dense checkpoint cannot say that the inputs of .* are rounded; add --fold"
+    ):
+        export_model(model, "dense", tmp_path / "dense")
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """One weight of every kind and of every nesting that methods make, over small random matrices."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from decoct.ops.float_grid import encode_packed, fit_float_grid
 from decoct.ops.grid import fit_grid, quantize
+from decoct.ops.input_grid import InputGrid, fixed_scale
 from decoct.ops.two_level import fit_two_level
 from decoct.weights import (
     Binary,
@@ -17,6 +19,7 @@ from decoct.weights import (
     LowRank,
     Masked,
     Plane,
+    QuantizedInput,
     Rotated,
     Shared,
     Sparse,
@@ -186,6 +189,12 @@ def rotated(inner: Weight) -> Rotated:
     return Rotated.of(inner, left.to(inner.dtype), right.to(inner.dtype))
 
 
+def quantized_input(inner: Weight, form: str = "int", kept: tuple[int, ...] = (), **changes: Any) -> QuantizedInput:
+    grid = InputGrid(form, **changes)
+    scale = fixed_scale(grid, 2.0) if grid.needs_scale else None
+    return QuantizedInput.of(inner, grid, scale, torch.tensor(kept) if kept else None)
+
+
 def samples() -> dict[str, Weight]:  # noqa: C901 - a list
     """By a name for the test's id."""
     half = torch.bfloat16
@@ -233,6 +242,25 @@ def samples() -> dict[str, Weight]:  # noqa: C901 - a list
         "rotated(trellis)-bf16": rotated(trellis(13, 20, dtype=half)),
         "rotated(dense)": rotated(dense(OUT, 20)),
         "sum(rotated(trellis),low_rank)": Sum.of(rotated(trellis()), low_rank()),
+        "inputs(dense)-bf16": quantized_input(dense(dtype=half), bits=4, clip_ratio=0.9),
+        "inputs(int8)": quantized_input(group_int(bits=8, group_size="channel")),
+        "inputs(int4-tensor)": quantized_input(group_int(bits=4, group_size="tensor"), bits=6, group_size="tensor"),
+        "inputs(int4)": quantized_input(group_int(), symmetric=False, group_size=8),
+        "inputs(masked(int))": quantized_input(Masked.of(group_int(), mask())),
+        "inputs-fp8(e4m3)": quantized_input(float_block("e4m3", "real", "channel"), "fp8"),
+        "inputs-fp8-tensor(e4m3)": quantized_input(float_block("e4m3", "real", "tensor"), "fp8", group_size="tensor"),
+        "inputs-mxfp4(e2m1)": quantized_input(float_block(), "mxfp4", group_size=8),
+        "inputs-nvfp4(e2m1)": quantized_input(float_block("e2m1", "e4m3"), "nvfp4", group_size=8),
+        "inputs(codebook)": quantized_input(codebook()),
+        "inputs(sum(int,low_rank))": quantized_input(Sum.of(group_int(bits=3), low_rank())),
+        "sum(inputs(int),columns)": Sum.of(
+            quantized_input(group_int(bits=8, group_size="channel"), kept=(3, 0, 17)), columns()
+        ),
+        "sum(inputs(int),low_rank)": Sum.of(quantized_input(group_int(bits=3)), low_rank()),
+        "low_rank(inputs(int),inputs(int))": LowRank.of(
+            quantized_input(group_int(OUT, RANK, seed=1)), quantized_input(group_int(RANK, IN, seed=2), bits=6)
+        ),
+        "rotated(inputs(trellis))": rotated(quantized_input(trellis(), bits=4)),
         "one-row": group_int(1, IN, 3, symmetric=False),
     }
     for bits in range(2, 9):

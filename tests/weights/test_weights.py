@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from decoct.ops.packing import packed_width, unpack_mask
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight, scale_index
+from decoct.weights import (
+    Dense,
+    GroupInt,
+    LowRank,
+    Masked,
+    QuantizedInput,
+    Shared,
+    Sparse,
+    Sum,
+    Weight,
+    ready,
+    scale_index,
+)
+from tests.reference.inputs import gaussian
 from tests.weights.samples import (
     IN,
     OUT,
@@ -60,6 +73,24 @@ def test_no_rows_are_no_rows(name: str) -> None:
         check_rows(SAMPLES[name], SAMPLES[name].unpack_rows(rows), SAMPLES[name].unpack()[rows])
 
 
+@EVERY
+def test_what_rounds_no_inputs_multiplies_with_its_matrix(weight: Weight) -> None:
+    x = gaussian(5, 7, IN)[..., : weight.shape[1]]
+    assert weight.quantizes_inputs == any(isinstance(node, QuantizedInput) for node in weight.walk())
+    found = weight.apply(x)
+    assert found.shape == (5, 7, weight.shape[0])
+    assert found.dtype == x.dtype
+    product = torch.nn.functional.linear(x, weight.unpack(torch.float32))
+    if weight.quantizes_inputs:
+        lost = float((found - product).square().sum() / product.square().sum())
+        assert 0 < lost < 0.2
+    else:
+        assert torch.equal(found, product)
+    again = ready(weight, torch.float32)
+    assert again.quantizes_inputs == weight.quantizes_inputs
+    torch.testing.assert_close(again.apply(x), found, rtol=1e-4, atol=1e-5)
+
+
 def check_rows(weight: Weight, found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
@@ -110,7 +141,7 @@ def test_weights_are_frozen(weight: Weight) -> None:
 
 @EVERY
 def test_compressed_weights_unpack_into_memory_of_their_own(weight: Weight) -> None:
-    if isinstance(weight, Dense | Shared):
+    if isinstance(weight, Dense | Shared) or (isinstance(weight, QuantizedInput) and isinstance(weight.inner, Dense)):
         return  # a dense matrix is not copied
     before = weight.unpack().clone()
     weight.unpack().zero_()

@@ -6,8 +6,10 @@ mathematics of an architecture is transformers' own and a model of any size cost
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,6 +21,9 @@ from typing_extensions import override
 from decoct.arch.schema import Config, Family, Slot
 
 Tensors = Mapping[str, Tensor]
+
+Products = Mapping[str, Callable[[Tensor], Tensor]]
+"""By a linear layer's path in its block: what takes the place of x·Wᵀ there, before the bias is added."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +143,17 @@ class Skeleton:
         hidden: Float[Tensor, "batch seq hidden"],
         call: BlockCall,
         cache: CacheLike | None = None,
+        products: Products | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """One block's output.
 
         Args:
-            index: its number.
-            tensors: its parameters, by name within the block.
-            hidden: its input.
-            call: what else it gets.
+            index: the block's number.
+            tensors: its parameters, by name within the block; not the matrices of layers that have a product.
+            hidden: what enters it.
+            call: how the model calls it.
             cache: what keys and values go through; None: attention uses them as they are.
+            products: of layers that do more than multiply their input with a matrix.
         """
         block = self.blocks[index]
         args, kwargs = (hidden, *call.args), call.kwargs
@@ -157,7 +164,8 @@ class Skeleton:
             mask = bound.arguments.get("attention_mask")
             bound.arguments["attention_mask"] = cache.mask(mask, hidden.shape[1])
             args, kwargs = bound.args, bound.kwargs
-        out = functional_call(block, dict(tensors), args, kwargs)
+        with _other_products(block, products or {}):
+            out = functional_call(block, dict(tensors), args, kwargs)
         return cast("Tensor", out[0] if isinstance(out, tuple) else out)
 
     def head(self, hidden: Float[Tensor, "batch seq hidden"], rest: Tensors) -> Float[Tensor, "batch seq vocab"]:
@@ -184,6 +192,27 @@ class Skeleton:
         self._tape.calls = []
         base = {name.removeprefix(self._base_prefix): t for name, t in rest.items()}
         functional_call(self._model.base_model, base, (), {**inputs, "use_cache": False})
+
+
+@contextmanager
+def _other_products(block: nn.Module, products: Products) -> Iterator[None]:
+    """While the body runs, these linear layers compute another product, and add their bias to it.
+
+    A layer's own `forward` is covered by one on the instance, so hooks on the layer go on seeing its input as it came.
+    """
+    layers = [(block.get_submodule(path), product) for path, product in products.items()]
+    try:
+        for layer, product in layers:
+            layer.forward = partial(_with_bias, layer, product)
+        yield
+    finally:
+        for layer, _ in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _with_bias(layer: nn.Module, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    bias = cast("Tensor | None", layer.bias)  # looked up now: functional_call has put the real one in its place
+    return product(x) if bias is None else product(x) + bias
 
 
 def _empty_model(config: Config) -> Any:

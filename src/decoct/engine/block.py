@@ -77,7 +77,8 @@ def each_block(method: BlockMethod) -> Step:
         if block.passage is None:
             return block
         try:
-            new = method.compress(BlockWeights(block.slots, block.original, block.weights), block.passage)
+            passage = block.passage.with_weights(block.weights)
+            new = method.compress(BlockWeights(block.slots, block.original, block.weights), passage)
         except ValueError as error:
             raise ValueError(f"{block.label}: {error}") from error
         return block.with_weights(new)

@@ -1,7 +1,7 @@
 """Calibration through one block, for methods that run it: inputs as compressed, targets as they were."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -9,21 +9,36 @@ from torch import Tensor
 
 from decoct.engine.activations import Activations
 from decoct.engine.runner import Runner
+from decoct.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPassage:
-    """See `decoct.methods.Passage`."""
+    """See `decoct.methods.Passage`.
+
+    Attributes:
+        runner: of the model.
+        block: its number.
+        states: what enters the block in the model as compressed so far.
+        reference: what left it in the model as it was.
+        vectors: its norms and biases.
+        applied: weights that round their inputs, by full name: they run as they are, whatever matrix is given.
+    """
 
     runner: Runner
     block: int
     states: Activations
     reference: Activations
     vectors: Mapping[str, Tensor]
+    applied: Mapping[str, Weight] = field(default_factory=dict)
 
     def with_vectors(self, vectors: Mapping[str, Tensor]) -> "BlockPassage":
         """The same with other norms and biases."""
         return replace(self, vectors=vectors)
+
+    def with_weights(self, weights: Mapping[str, Weight]) -> "BlockPassage":
+        """The same for a block in which earlier steps made these weights."""
+        return replace(self, applied={name: weight for name, weight in weights.items() if weight.quantizes_inputs})
 
     @property
     def num_sequences(self) -> int:
@@ -47,4 +62,7 @@ class BlockPassage:
         self, matrices: Mapping[str, Float[Tensor, "out in"]], x: Float[Tensor, "batch seq hidden"]
     ) -> Float[Tensor, "batch seq hidden"]:
         """The block's output."""
-        return self.runner.run(self.block, self.runner.lay_out_matrices(self.block, matrices, self.vectors), x)
+        plain = {name: matrix for name, matrix in matrices.items() if name not in self.applied}
+        return self.runner.run(
+            self.block, self.runner.lay_out_matrices(self.block, plain, self.vectors, self.applied), x
+        )

@@ -7,7 +7,9 @@ import torch
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.plan import FIXED, MARGIN, Group, Plan
+from decoct.engine.rehearse import held_weight
 from decoct.engine.tune import LOGITS_AT_ONCE, vectors
+from decoct.methods import LinearMethod
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
 from decoct.weights import Shared
@@ -91,6 +93,14 @@ def _check(model: Model, earlier: tuple[Plan, ...]) -> None:
     if not compresses:
         raise ValueError(
             "e2e_qp has nothing to tune: no stage before it compresses anything; put it after one that does"
+        )
+    made = (method for plan in earlier for group in plan.groups for method in group.methods)
+    held = (held_weight(model, name) for name in model.described)
+    if any(isinstance(method, LinearMethod) and method.quantizes_inputs for method in made) or any(
+        weight is not None and weight.quantizes_inputs for weight in held
+    ):
+        raise ValueError(
+            "e2e_qp tunes matrices for inputs as they are; put the step that rounds inputs into a blocks stage after it"
         )
     shared = [name for name, description in model.described.items() if description["kind"] == Shared.kind]
     if shared:

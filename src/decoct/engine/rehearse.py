@@ -50,11 +50,13 @@ class Made(NamedTuple):
         nbytes: bytes.
         reals: how many real numbers are among what is stored.
         unpacked: bytes that it takes more while it is trained.
+        quantizes_inputs: whether its inputs are rounded.
     """
 
     nbytes: Sizes
     reals: Sizes
     unpacked: Sizes
+    quantizes_inputs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +113,14 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
     found: dict[str, _Verdicts] = {}
     sizes: dict[tuple[Chain, ...], Made] = {}
     for name, course in courses.items():
-        held = _held(model, name)
+        held = held_weight(model, name)
         key = (course, "" if held is None else _structure(held))
         if key not in tried:
             tried[key] = _try(course, model.dtype, held, name)
         found[name], size = tried[key]
         _check_shapes(model, name, [verdict for stage in found[name] for verdict in stage])
+        if size.quantizes_inputs:
+            _check_inputs(model, name)
         kept = tuple(_kept(stage) for stage in found[name])
         _check_order(model, name, kept)
         sizes.setdefault(kept, size)
@@ -159,7 +163,7 @@ def _check_rescalings(model: Model, stages: Sequence[Steps]) -> None:
             compressed |= rescaled
 
 
-def _held(model: Model, name: str) -> Weight | None:
+def held_weight(model: Model, name: str) -> Weight | None:
     """What an earlier run of decoct made of a slot, without its values; None for an uncompressed one."""
     if name not in model.described:
         return None
@@ -188,6 +192,18 @@ def _check_order(model: Model, name: str, course: tuple[Chain, ...]) -> None:
             raise ValueError(f"{name}: the two models may route a token differently; give experts another method")
         if chain and isinstance(chain[0], LinearCorrection):
             raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")
+
+
+def _check_inputs(model: Model, name: str) -> None:
+    """Inputs are rounded where a matrix has a linear layer of its own, inside the blocks."""
+    slot = model.slots()[name]
+    if slot.param is not None:
+        raise ValueError(
+            f"{name}: fused experts read their inputs as they are; "
+            f"begin that step with {{match: {slot.role.split('.')[0]}.*, leave: true}}"
+        )
+    if slot.protected:
+        raise ValueError(f"{name}: {slot.role} reads its inputs as they are; give it a method for weights only")
 
 
 def _check_shapes(model: Model, name: str, verdicts: Sequence[_Verdict]) -> None:
@@ -234,7 +250,8 @@ def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None, nam
             continue
         terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
         counts = torch.tensor([_counts(made) for _, made in done], dtype=torch.float64)
-        return done[0][0], Made(*(Sizes(*found) for found in torch.linalg.solve(terms, counts).T.tolist()))
+        nbytes, reals, unpacked = (Sizes(*found) for found in torch.linalg.solve(terms, counts).T.tolist())
+        return done[0][0], Made(nbytes, reals, unpacked, done[0][1].quantizes_inputs)
     raise ValueError(f"{name}: these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
 
 

@@ -1,6 +1,7 @@
 """Runs a model's blocks one at a time, with whatever weights it is handed."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -8,11 +9,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decoct.arch import Slot, edges
-from decoct.arch.hf import Attention, BlockCall, CacheLike, Skeleton, module_tensors
+from decoct.arch.hf import Attention, BlockCall, CacheLike, Products, Skeleton, module_tensors
 from decoct.model import Model
-from decoct.weights import Weight
+from decoct.weights import Weight, ready
 
 _TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A block, ready to run.
+
+    Attributes:
+        tensors: its parameters, by name within the block as transformers' module has it.
+        products: of weights that round their inputs: what to do instead of multiplying with a matrix, by layer.
+    """
+
+    tensors: Mapping[str, Tensor]
+    products: Products = field(default_factory=dict)
 
 
 class Runner:
@@ -55,8 +69,8 @@ class Runner:
 
     def lay_out(
         self, block: int, weights: Mapping[str, Weight], vectors: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """A block's parameters as transformers' module wants them, unpacked.
+    ) -> LaidOut:
+        """A block's parameters as transformers' module wants them, unpacked; weights that round their inputs applied.
 
         Args:
             block: its number.
@@ -66,28 +80,37 @@ class Runner:
         Raises:
             ValueError: the checkpoint lacks one.
         """
-        return self.lay_out_matrices(
-            block, {name: weight.unpack(self.dtype) for name, weight in weights.items()}, vectors
-        )
+        applied = {name: weight for name, weight in weights.items() if weight.quantizes_inputs}
+        matrices = {name: weight.unpack(self.dtype) for name, weight in weights.items() if name not in applied}
+        return self.lay_out_matrices(block, matrices, vectors, applied)
 
     def lay_out_matrices(
-        self, block: int, matrices: Mapping[str, Tensor], vectors: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """The same from matrices [out, in] in `dtype`; gradients flow back to them."""
+        self,
+        block: int,
+        matrices: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor] | None = None,
+        applied: Mapping[str, Weight] | None = None,
+    ) -> LaidOut:
+        """The same from matrices [out, in] in `dtype`, to which gradients flow back, and weights that round inputs."""
         if vectors is None:
             vectors = {name: self.model.tensor(name) for name in self.model.others(block)}
-        return self.lay_out_given(block, {**matrices, **{name: v.to(self.dtype) for name, v in vectors.items()}})
+        given = {**matrices, **{name: v.to(self.dtype) for name, v in vectors.items()}}
+        return self.lay_out_given(block, given, applied)
 
-    def lay_out_given(self, block: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def lay_out_given(
+        self, block: int, given: Mapping[str, Tensor], applied: Mapping[str, Weight] | None = None
+    ) -> LaidOut:
         """The same from all of a block's tensors, in `dtype`, by full checkpoint name."""
         model, prefix = self.model, self.model.prefix(block)
+        slots = {prefix + slot.name: slot for slot in model.block_slots}
+        products = {self._path(slots[name]): ready(w, self.dtype).apply for name, w in (applied or {}).items()}
         tensors = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
         laid = module_tensors(model.family, prefix, model.block_slots, tensors)
-        lacking = self.skeleton.block_parameters(block) - laid.keys()
+        lacking = self.skeleton.block_parameters(block) - laid.keys() - {f"{path}.weight" for path in products}
         if lacking:
             name = prefix + min(lacking)
             raise ValueError(f"{model.source.label} lacks the tensor {name}; the checkpoint is incomplete")
-        return laid
+        return LaidOut(laid, products)
 
     def attentions(self) -> list[Attention]:
         """What a key-value cache has to know about each block's attention."""
@@ -96,7 +119,7 @@ class Runner:
     def run(
         self,
         block: int,
-        tensors: Mapping[str, Tensor],
+        laid: LaidOut,
         hidden: Float[Tensor, "batch seq hidden"],
         cache: CacheLike | None = None,
     ) -> Tensor:
@@ -104,7 +127,8 @@ class Runner:
         shape = (hidden.shape[0], hidden.shape[1])
         if shape not in self._calls:
             self._calls[shape] = self.skeleton.block_calls(shape, self.dtype, self._rest)
-        return self.skeleton.run_block(block, tensors, hidden, self._calls[shape][block], cache)
+        call = self._calls[shape][block]
+        return self.skeleton.run_block(block, laid.tensors, hidden, call, cache, laid.products)
 
     def logits(
         self, hidden: Float[Tensor, "batch seq hidden"], head: Tensor, others: Mapping[str, Tensor] | None = None

@@ -19,7 +19,7 @@ from decoct.engine.journal import Journal
 from decoct.engine.passage import BlockPassage
 from decoct.engine.record import Gathered, Wanted, record
 from decoct.engine.rules import Assignment, Resolved, is_paired
-from decoct.engine.runner import Runner
+from decoct.engine.runner import LaidOut, Runner
 from decoct.engine.write import shard_name, write_shard
 from decoct.methods import BlockMethod, EdgeScaling
 from decoct.model import Model
@@ -199,9 +199,7 @@ class _Streamer:
         made = chain(*self._steps)(block)
         return replace(made, stats={}, passage=None)
 
-    def _gather(
-        self, block: int, laid: dict[str, Tensor], states: Activations
-    ) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
+    def _gather(self, block: int, laid: LaidOut, states: Activations) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
         """Run the block as it is: statistics of its inputs, and some outputs to compare with later.
 
         The second chain, of the model as it was, takes the same step: its outputs are the next block's inputs there.
@@ -232,7 +230,7 @@ class _Streamer:
         return recorder.stats, references
 
     def _advance(
-        self, block: int, laid: dict[str, Tensor], states: Activations, references: list[tuple[Tensor, Tensor]]
+        self, block: int, laid: LaidOut, states: Activations, references: list[tuple[Tensor, Tensor]]
     ) -> float:
         """Run the compressed block; its outputs become the next one's inputs. Gives the relative squared error."""
         runner = self._runner

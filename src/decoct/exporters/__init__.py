@@ -26,7 +26,7 @@ def export_model(model: Model, to: str, out: Path, *, fold: bool = False) -> Non
     check_format(to)
     writers: dict[str, Callable[[], None]] = {
         "compressed_tensors": lambda: export_compressed_tensors(model, out, fold=fold),
-        "dense": lambda: export_dense(model, out),
+        "dense": lambda: export_dense(model, out, fold=fold),
     }
     writers[to]()
 

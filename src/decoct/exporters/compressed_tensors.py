@@ -1,10 +1,11 @@
 """compressed-tensors, the format that transformers, vLLM and SGLang read; packed by its own package.
 
 Integer weights (GroupInt, masked or not) become `pack-quantized`, floating-point ones (FloatBlock) `float-quantized` or
-one of the MX and NVFP4 formats; dense ones stay dense; what the format cannot express is refused by name.
+one of the MX and NVFP4 formats; those whose inputs are rounded too become `int-quantized` or `float-quantized`, a byte
+for each code. Dense ones stay dense; what the format cannot express is refused by name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ from decoct.exporters.folder import write_folder
 from decoct.model import Model
 from decoct.ops.minifloat import ELEMENTS
 from decoct.ops.packing import pack_bits
-from decoct.weights import FloatBlock, GroupInt, Masked, Weight
+from decoct.weights import FloatBlock, GroupInt, Masked, QuantizedInput, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class InputScheme:
+    """What it calls a scheme of input activations: a scale for each token as it comes, or one stored for all."""
+
+    bits: int
+    symmetric: bool
+    strategy: str
+    type: str
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What compressed-tensors calls a quantization scheme of weights."""
+    """What compressed-tensors calls a quantization scheme of weights, and perhaps of their inputs."""
 
     bits: int
     symmetric: bool
@@ -29,6 +40,7 @@ class Scheme:
     type: str = "int"
     scale_dtype: torch.dtype | None = None
     format: str = "pack-quantized"
+    inputs: InputScheme | None = None
 
 
 _FLOATS = {
@@ -71,9 +83,8 @@ def _scheme(model: Model, name: str, *, fold: bool) -> Scheme | None:
     description = model.described.get(name)
     if description is None:
         return None
-    inner = description["inner"] if description["kind"] == Masked.kind else description
     slot = model.slots()[name]
-    scheme, reason = _scheme_of(inner)
+    scheme, reason = _scheme_with_inputs(description)
     if scheme is None:
         reason = reason or f"a {description['kind']} weight"
     elif slot.role in ("embed", "lm_head"):
@@ -88,6 +99,28 @@ def _scheme(model: Model, name: str, *, fold: bool) -> Scheme | None:
         f"compressed-tensors cannot hold {name}: it is {reason}; add --fold to write such weights uncompressed, "
         "or export as dense"
     )
+
+
+def _scheme_with_inputs(description: dict[str, Any]) -> tuple[Scheme | None, str | None]:
+    """The scheme of a weight, masked or not, and of its inputs if they are rounded; or None, and why."""
+    if description["kind"] == Masked.kind:
+        return _scheme_of(description["inner"])
+    if description["kind"] != QuantizedInput.kind:
+        return _scheme_of(description)
+    inner = description["inner"]
+    scheme, reason = _scheme_of(inner["inner"] if inner["kind"] == Masked.kind else inner)
+    if scheme is None:
+        return None, reason or f"a {inner['kind']} weight with rounded inputs"
+    form, size = description["format"], description["group_size"]
+    if description["kept"] is not None or description["clip_ratio"] != 1:
+        return None, "a weight whose inputs are rounded but for some features, or clipped"
+    if form not in ("int", "fp8") or isinstance(size, int):
+        return None, f"a weight with inputs in {form} by blocks of {size}, whose scales other engines choose otherwise"
+    if scheme.format not in ("pack-quantized", "float-quantized"):
+        return None, f"a weight in {scheme.format} with inputs in {form}"
+    kind = "int" if form == "int" else "float"
+    inputs = InputScheme(description["bits"] if form == "int" else 8, description["symmetric"], size, kind)
+    return replace(scheme, inputs=inputs, format=f"{scheme.type}-quantized"), None
 
 
 def _scheme_of(description: dict[str, Any]) -> tuple[Scheme | None, str | None]:
@@ -132,12 +165,19 @@ def _check_fused(model: Model, schemes: dict[str, Scheme | None]) -> None:
 
 
 def _pack(stem: str, weight: Weight) -> dict[str, Tensor]:
+    if isinstance(weight, QuantizedInput):
+        scale = {} if weight.scale is None else {f"{stem}.input_scale": weight.scale}
+        return {**_pack_matrix(stem, weight.inner, a_byte_each=True), **scale}
+    return _pack_matrix(stem, weight, a_byte_each=False)
+
+
+def _pack_matrix(stem: str, weight: Weight, *, a_byte_each: bool) -> dict[str, Tensor]:
     survivors = weight.survivors() if isinstance(weight, Masked) else None
     inner = weight.inner if isinstance(weight, Masked) else weight
     if isinstance(inner, FloatBlock):
         return _pack_floats(stem, inner, survivors)
     assert isinstance(inner, GroupInt)
-    return _pack_integers(stem, inner, survivors)
+    return _pack_integers(stem, inner, survivors, a_byte_each=a_byte_each)
 
 
 def _pack_floats(stem: str, weight: FloatBlock, survivors: Tensor | None) -> dict[str, Tensor]:
@@ -159,7 +199,7 @@ def _pack_floats(stem: str, weight: FloatBlock, survivors: Tensor | None) -> dic
     return packed
 
 
-def _pack_integers(stem: str, inner: GroupInt, survivors: Tensor | None) -> dict[str, Tensor]:
+def _pack_integers(stem: str, inner: GroupInt, survivors: Tensor | None, *, a_byte_each: bool) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     grid, codes = inner.grid(), inner.unpack_codes()
@@ -167,14 +207,20 @@ def _pack_integers(stem: str, inner: GroupInt, survivors: Tensor | None) -> dict
         _, zero = grid.columns(0, inner.shape[1])
         codes = torch.where(survivors, codes, zero.to(torch.uint8).expand_as(codes))
     offset = 2 ** (inner.bits - 1)
-    packed = {
-        f"{stem}.weight_packed": pack_to_int32((codes.to(torch.int16) - offset).to(torch.int8), inner.bits),
-        f"{stem}.weight_scale": inner.scale.reshape(1) if inner.scale.numel() == 1 else inner.scale,
-        f"{stem}.weight_shape": torch.tensor(inner.shape, dtype=torch.int64),
+    signed = (codes.to(torch.int16) - offset).to(torch.int8)
+    packed: dict[str, Tensor] = {
+        f"{stem}.weight_scale": inner.scale.reshape(1) if inner.scale.numel() == 1 else inner.scale
     }
-    if grid.zero is not None:
-        zero = (grid.zero.to(torch.int16) - offset).to(torch.int8)
-        packed[f"{stem}.weight_zero_point"] = pack_to_int32(zero, inner.bits, packed_dim=0)
+    zeros = None if grid.zero is None else (grid.zero.to(torch.int16) - offset).to(torch.int8)
+    if a_byte_each:
+        packed[f"{stem}.weight"] = signed
+        if zeros is not None:
+            packed[f"{stem}.weight_zero_point"] = zeros
+        return packed
+    packed[f"{stem}.weight_packed"] = pack_to_int32(signed, inner.bits)
+    packed[f"{stem}.weight_shape"] = torch.tensor(inner.shape, dtype=torch.int64)
+    if zeros is not None:
+        packed[f"{stem}.weight_zero_point"] = pack_to_int32(zeros, inner.bits, packed_dim=0)
     return packed
 
 
@@ -200,8 +246,19 @@ def _config(model: Model, schemes: dict[str, Scheme | None]) -> dict[str, Any]:
             group_size=scheme.group_size,
             scale_dtype=scheme.scale_dtype,
         )
+        inputs = None
+        if scheme.inputs is not None:
+            inputs = QuantizationArgs(
+                num_bits=scheme.inputs.bits,
+                type=scheme.inputs.type,
+                symmetric=scheme.inputs.symmetric,
+                strategy=scheme.inputs.strategy,
+                dynamic=scheme.inputs.strategy == "token",
+            )
         targets = ["Linear"] if len(modules) == 1 else names
-        groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=weights, format=scheme.format)
+        groups[f"group_{number}"] = QuantizationScheme(
+            targets=targets, weights=weights, input_activations=inputs, format=scheme.format
+        )
     formats = {scheme.format for scheme in modules}
     config = QuantizationConfig(
         config_groups=groups,

@@ -8,16 +8,26 @@ from decoct.exporters.folder import write_folder
 from decoct.model import Model
 
 
-def export_dense(model: Model, out: Path) -> None:
+def export_dense(model: Model, out: Path, *, fold: bool = False) -> None:
     """Write a plain folder in the model's own dtype.
 
+    Args:
+        model: what to write.
+        out: the folder.
+        fold: write matrices whose inputs are rounded as if they were not, instead of refusing.
+
     Raises:
-        ValueError: the folder holds something already.
+        ValueError: the folder holds something already, or a weight rounds its inputs.
     """
     slots = model.slots()
 
     def encode(name: str) -> dict[str, Tensor]:
-        matrix = model.weight(name).unpack(model.dtype)
+        weight = model.weight(name)
+        if weight.quantizes_inputs and not fold:
+            raise ValueError(
+                f"a dense checkpoint cannot say that the inputs of {name} are rounded; add --fold to leave that out"
+            )
+        matrix = weight.unpack(model.dtype)
         return {name: matrix.T if slots[name].transposed else matrix}
 
     write_folder(model, out, encode, None)

@@ -26,6 +26,8 @@ from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.hqq import HQQ
+from decoct.methods.quantize.inputs import Inputs
+from decoct.methods.quantize.llm_int8 import LLMInt8
 from decoct.methods.quantize.mxfp import MXFP
 from decoct.methods.quantize.onebit import OneBit
 from decoct.methods.quantize.owq import OWQ
@@ -48,6 +50,8 @@ METHODS: dict[str, type[AnyMethod]] = {
     "awq": AWQ,
     "awq_clip": AWQClip,
     "smoothquant": SmoothQuant,
+    "inputs": Inputs,
+    "llm_int8": LLMInt8,
     "squeezellm": SqueezeLLM,
     "spqr": SpQR,
     "owq": OWQ,

@@ -11,12 +11,18 @@ from torch import Tensor
 
 from decoct.arch import Slot
 from decoct.stats import Stat
-from decoct.weights import Dense, LowRank, Masked, Shared, Sparse, Weight
+from decoct.weights import Dense, LowRank, Masked, QuantizedInput, Shared, Sparse, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearMethod(ABC):
-    """Compresses one matrix at a time. Subclasses are frozen dataclasses; their fields are the recipe's keys."""
+    """Compresses one matrix at a time. Subclasses are frozen dataclasses; their fields are the recipe's keys.
+
+    Attributes:
+        quantizes_inputs: whether what it makes rounds its inputs, so that the matrix alone does not tell what it does.
+    """
+
+    quantizes_inputs: ClassVar[bool] = False
 
     @property
     def stat(self) -> type[Any] | None:
@@ -60,9 +66,11 @@ class LinearCorrection(ABC):
 
     Attributes:
         stat: as for LinearMethod.
+        quantizes_inputs: as for LinearMethod.
     """
 
     stat: ClassVar[type[Any] | None] = None
+    quantizes_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def correct(self, weight: Weight, stat: Any, original: Weight) -> Weight:
@@ -366,7 +374,7 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
 
     Args:
         weight: Dense; Sparse or Masked over Dense (the mask is kept); LowRank of such (each factor is quantized, the
-            left one with the statistic of what the right one puts out).
+            left one with the statistic of what the right one puts out); QuantizedInput over any of these.
         stat: the statistic of the inputs, or None.
         dense: (float32 matrix, mask of survivors or None, stat) -> Weight.
         name: the method's name, for the message.
@@ -375,6 +383,8 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
         ValueError: the weight is already quantized, shared, or a sum.
     """
     match weight:
+        case QuantizedInput(inner=inner):
+            return weight.with_children({"inner": quantize_structure(inner, stat, dense, name)})
         case Dense():
             return dense(weight.unpack(), None, stat)
         case Sparse() | Masked(inner=Dense()):

@@ -26,6 +26,15 @@ SCALES: dict[str, tuple[float, ...]] = {
 }
 """Kinds of scale, and the multiples of the usual one that a search tries."""
 
+FORMATS: dict[str, tuple[str, str, int | str]] = {
+    "fp8": ("e4m3", "real", "channel"),
+    "mxfp8": ("e4m3", "e8m0", 32),
+    "mxfp6": ("e2m3", "e8m0", 32),
+    "mxfp4": ("e2m1", "e8m0", 32),
+    "nvfp4": ("e2m1", "e4m3", 16),
+}
+"""Elements, kind of scale, and block of weights of each format that has a name."""
+
 
 @dataclass(frozen=True, slots=True)
 class FloatGrid:

@@ -58,7 +58,11 @@ class PackedLinear(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.packed(x.dtype), self.bias)
+        weight = self.packed.expression()
+        if not weight.quantizes_inputs:
+            return nn.functional.linear(x, weight.unpack(x.dtype), self.bias)
+        product = weight.apply(x)
+        return product if self.bias is None else product + self.bias
 
 
 class PackedEmbedding(nn.Module):

@@ -11,6 +11,7 @@ from decoct.weights.gradient import for_training, pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.quantized_input import QuantizedInput, ready
 from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
@@ -32,6 +33,7 @@ __all__ = [
     "LowRank",
     "Masked",
     "Plane",
+    "QuantizedInput",
     "Rotated",
     "Shared",
     "Sparse",
@@ -46,6 +48,7 @@ __all__ = [
     "described_dtype",
     "for_training",
     "pull_back",
+    "ready",
     "rebuild",
     "scale_index",
     "tensor_specs",

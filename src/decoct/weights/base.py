@@ -32,6 +32,20 @@ class Weight:
         """The matrix, in `dtype` (default: `self.dtype`). Never shares memory that a caller may write to."""
         raise NotImplementedError
 
+    def apply(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        """What the weight makes of inputs: x times the transposed matrix, in x's dtype.
+
+        The same as multiplying with what `unpack` gives, unless something inside rounds its inputs: then this is what
+        the weight does to them, and the matrix alone does not tell.
+        """
+        assert not self.quantizes_inputs, f"a {self.kind} cannot hold a weight that rounds its inputs"
+        return torch.nn.functional.linear(x, self.unpack(x.dtype))
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether inputs are rounded anywhere inside, so that the weight has to be applied, not just unpacked."""
+        return any(child.quantizes_inputs for child in self.children().values())
+
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         """Some rows of the matrix: what an embedding looks up. Subclasses do it without unpacking the rest."""
         return self.unpack(dtype)[rows]

@@ -15,6 +15,7 @@ from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.quantized_input import QuantizedInput
 from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
@@ -28,7 +29,7 @@ WEIGHTS: dict[str, type[Weight]] = {
     cls.kind: cls
     for cls in (
         Dense, GroupInt, TwoLevelInt, FloatBlock, Codebook, Trellis, Rotated, Binary, Ternary, SparseInt,
-        Masked, Sparse, Columns, LowRank, Sum, Shared,
+        Masked, Sparse, Columns, LowRank, Sum, QuantizedInput, Shared,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.quantized_input import QuantizedInput
 from decoct.weights.rotated import Rotated
 from decoct.weights.scaled import Scaled
 from decoct.weights.sparse import Sparse
@@ -26,10 +27,17 @@ from decoct.weights.two_level_int import TwoLevelInt
 
 
 def trainable(weight: Weight) -> dict[str, Tensor]:
-    """The stored tensors that are real numbers, named as `tensors()` names them: scales, factors, surviving values."""
-    constants = {id(node.middle) for node in weight.walk() if isinstance(node, Scaled)}
-    tensors = weight.tensors().items()
-    return {name: tensor for name, tensor in tensors if tensor.is_floating_point() and id(tensor) not in constants}
+    """The stored tensors that are real numbers, named as `tensors()` names them: scales, factors, surviving values.
+
+    Scales of inputs are not among them: the matrix does not depend on them.
+    """
+    own = {} if isinstance(weight, QuantizedInput) else weight.own_tensors()
+    found = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
+    if isinstance(weight, Scaled):
+        del found["middle"]
+    for name, child in weight.children().items():
+        found.update(_named(name, trainable(child)))
+    return found
 
 
 def for_training(weight: Weight) -> Weight:
@@ -58,6 +66,8 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
     """
     g = gradient.float()
     match weight:
+        case QuantizedInput(inner=inner):
+            return _named("inner", pull_back(inner, g))
         case Masked(inner=inner):
             return _named("inner", pull_back(inner, g * weight.survivors()))
         case LowRank(left=left, right=right):

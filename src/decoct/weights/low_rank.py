@@ -41,6 +41,12 @@ class LowRank(Weight):
         return self.left.shape[1]
 
     @override
+    def apply(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        if not self.quantizes_inputs:
+            return torch.nn.functional.linear(x, self.unpack(x.dtype))
+        return self.left.apply(self.right.apply(x))
+
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         product = self.left.unpack(torch.float32) @ self.right.unpack(torch.float32)
         return product.to(dtype or self.dtype)

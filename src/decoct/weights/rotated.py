@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.ops.hadamard import rotate_back
+from decoct.ops.hadamard import hadamard, rotate_back
 from decoct.weights.base import Weight
 
 
@@ -44,6 +44,14 @@ class Rotated(Weight):
     def unscaled(self) -> Float[Tensor, "out in"]:
         """Hᵀ · inner · H, float32."""
         return rotate_back(self.inner.unpack(torch.float32))
+
+    @override
+    def apply(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        if not self.quantizes_inputs:
+            return torch.nn.functional.linear(x, self.unpack(x.dtype))
+        turned = hadamard(x.float() * self.right.float()).to(x.dtype)
+        out = hadamard(self.inner.apply(turned).float(), inverse=True)
+        return (out * self.left.float()).to(x.dtype)
 
     @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:

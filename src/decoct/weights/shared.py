@@ -46,6 +46,15 @@ class Shared(Weight):
     def unpack_rows(self, rows: Int[Tensor, "*n"] | slice, dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
         return self._resolved().unpack_rows(rows, dtype or self.dtype)
 
+    @override
+    def apply(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        return self._resolved().apply(x)
+
+    @property
+    @override
+    def quantizes_inputs(self) -> bool:
+        return self.owner is not None and self.owner.quantizes_inputs
+
     def _resolved(self) -> Weight:
         if self.owner is None:
             raise ValueError(f"this weight is shared with {self.target}, which has not been loaded yet")

@@ -34,6 +34,15 @@ class Sum(Weight):
         return cls(terms[0].shape, terms[0].dtype, terms)
 
     @override
+    def apply(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        if not self.quantizes_inputs:
+            return torch.nn.functional.linear(x, self.unpack(x.dtype))
+        total = self.terms[0].apply(x)
+        for term in self.terms[1:]:
+            total = total + term.apply(x)
+        return total
+
+    @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         total = self.terms[0].unpack(torch.float32)
         for term in self.terms[1:]:

@@ -65,6 +65,8 @@ class AutoRound(BlockMethod):
     def obstacle(self, weight: Weight, original: Weight) -> str | None:
         if isinstance(original, Shared):
             return f"autoround cannot improve a weight that is shared with {original.target}; improve that one"
+        if weight.quantizes_inputs:
+            return "autoround learns codes for inputs as they are; put the step that rounds inputs after it"
         if not _is_real(original):
             return (
                 "autoround compares with what its stage began with, and that was compressed already; put autoround "

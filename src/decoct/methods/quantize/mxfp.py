@@ -8,18 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decoct.methods.base import LinearMethod, quantize_structure
-from decoct.ops.float_grid import encode_packed, fit_float_grid
+from decoct.ops.float_grid import FORMATS, encode_packed, fit_float_grid
 from decoct.ops.grid import resolve_group_size, stored_scale_dtype
 from decoct.weights import FloatBlock, Weight
-
-_FORMATS: dict[str, tuple[str, str, int | str]] = {
-    "fp8": ("e4m3", "real", "channel"),
-    "mxfp8": ("e4m3", "e8m0", 32),
-    "mxfp6": ("e2m3", "e8m0", 32),
-    "mxfp4": ("e2m1", "e8m0", 32),
-    "nvfp4": ("e2m1", "e4m3", 16),
-}
-"""Elements, kind of scale, and block of each format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +30,8 @@ class MXFP(LinearMethod):
     search: bool = True
 
     def __post_init__(self) -> None:
-        if self.format not in _FORMATS:
-            raise ValueError(f"format must be one of {', '.join(_FORMATS)}, not {self.format!r}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {self.format!r}")
 
     def check(self, shape: tuple[int, int]) -> None:
         """The block must divide the input features."""
@@ -57,11 +48,11 @@ class MXFP(LinearMethod):
 
     @property
     def _block(self) -> int | str:
-        return _FORMATS[self.format][2] if self.group_size is None else self.group_size
+        return FORMATS[self.format][2] if self.group_size is None else self.group_size
 
     def _dense(self, w: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"] | None, _: Any) -> Weight:
         values = w if mask is None else torch.where(mask, w, 0)
-        element, scale_kind, _ = _FORMATS[self.format]
+        element, scale_kind, _ = FORMATS[self.format]
         grid = fit_float_grid(
             values,
             element=element,
