@@ -18,6 +18,7 @@ from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.plan import Plan
+from decoct.engine.rotate import rotated
 from decoct.engine.stages import ModelStage, RecipePlan, Stage, plan_stages
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
 from decoct.engine.summary import Result, read_result, write_summary
@@ -87,6 +88,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
         for number, planned in enumerate(plan.stages):
             watch.planned(planned)
             events.append([])
+            model = rotated(model, planned.steps)
             entry = _run_stage(job, number, planned, model, tokens, watch, events[-1])
             staged, folder = stage_folder(job.out, number), result_folder(job.out, number, len(job.stages))
             finish_folder(model, staged, folder, _shards(staged), entry)

@@ -11,13 +11,14 @@ from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
 from decoct.engine.folding import touched
 from decoct.engine.rehearse import Chains, Rehearsal, Steps, rehearse
+from decoct.engine.rotate import check_rotation, rotated, signs_nbytes, turned_slots
 from decoct.engine.rules import Resolved, Rule, assign, is_paired
-from decoct.methods import AnyMethod, BlockMethod, EdgeScaling
+from decoct.methods import AnyMethod, BlockMethod, EdgeScaling, Rotation
 from decoct.model import Model
 from decoct.weights import tensor_specs
 
-StepRules = tuple[Rule, ...] | BlockMethod | EdgeScaling
-"""A step as a recipe gives it: rules for single matrices, or a method for whole blocks or their edges."""
+StepRules = tuple[Rule, ...] | BlockMethod | EdgeScaling | Rotation
+"""A step as a recipe gives it: rules for single matrices, or a method for whole blocks, their edges, or the basis."""
 
 FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
 MARGIN = 1.1  # allocators keep some of what was freed
@@ -87,7 +88,7 @@ def make_plan(
     """Resolve one streamed pass and predict what it takes.
 
     Args:
-        model: what the recipe begins with.
+        model: what the recipe begins with, in the basis that earlier stages set.
         steps: in order.
         data: calibration.
         budget: limits.
@@ -98,6 +99,8 @@ def make_plan(
         ValueError: a rule that matches nothing, shapes or methods that do not fit together or cannot follow the
             earlier ones, or too little memory; each says what to do.
     """
+    check_rotation(model, steps, [_resolve(model, stage) for stage in earlier])
+    model = rotated(model, steps)
     resolved = _resolve(model, steps)
     rehearsal = rehearse(model, [*(_resolve(model, stage) for stage in earlier), resolved])
     chains = rehearsal.chains[-1]
@@ -122,7 +125,7 @@ def make_plan(
     return Plan(
         kind="blocks",
         steps=resolved,
-        groups=_groups(model, chains, scalings),
+        groups=_groups(model, resolved, chains),
         num_parameters=model.num_parameters,
         needs_data=needs_data,
         dtype=dtype,
@@ -142,11 +145,11 @@ def _resolve(model: Model, steps: tuple[StepRules, ...]) -> Steps:
 
 def _output_bytes(model: Model, rehearsal: Rehearsal) -> int:
     total = float(model.nbytes)
-    for name in model.slots():
+    for name, slot in model.slots().items():
         made = rehearsal.made(name)
         if made is not None and name not in model.described:
             out, cols = model.shape(name)
-            total += made.nbytes.of(out, cols) - out * cols * model.dtype.itemsize
+            total += made.nbytes.of(out, cols) - out * cols * model.dtype.itemsize - signs_nbytes(model, slot, cols)
     return max(round(total), 1)
 
 
@@ -163,12 +166,13 @@ def _reals(model: Model, rehearsal: Rehearsal) -> dict[str, int]:
     return found
 
 
-def _groups(model: Model, chains: Chains, scalings: tuple[EdgeScaling, ...]) -> tuple[Group, ...]:
+def _groups(model: Model, steps: Steps, chains: Chains) -> tuple[Group, ...]:
+    scalings = tuple(step for step in steps if isinstance(step, EdgeScaling))
     counts: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
     sizes: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
-    rescaled = touched(model)
+    rescaled, turned = touched(model), turned_slots(model, steps)
     for name, slot in model.slots().items():
-        key = (slot.role, (*(scalings if slot.name in rescaled else ()), *chains[name]))
+        key = (slot.role, (*turned.get(name, ()), *(scalings if slot.name in rescaled else ()), *chains[name]))
         counts[key] += 1
         sizes[key] += prod(model.shape(name))
     return tuple(Group(role, counts[role, methods], sizes[role, methods], methods) for role, methods in counts)

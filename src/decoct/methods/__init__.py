@@ -8,6 +8,7 @@ from decoct.methods.base import (
     LinearMethod,
     ModelMethod,
     Passage,
+    Rotation,
 )
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
@@ -30,10 +31,12 @@ from decoct.methods.quantize.smoothquant import SmoothQuant
 from decoct.methods.quantize.spqr import SpQR
 from decoct.methods.quantize.squeezellm import SqueezeLLM
 from decoct.methods.quantize.ternary import Ternary
+from decoct.methods.rotate.quarot import QuaRot
 
-AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod
+AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | Rotation | BlockMethod | ModelMethod
 
 METHODS: dict[str, type[AnyMethod]] = {
+    "quarot": QuaRot,
     "rtn": RTN,
     "hqq": HQQ,
     "mxfp": MXFP,
@@ -67,4 +70,5 @@ __all__ = [
     "LinearMethod",
     "ModelMethod",
     "Passage",
+    "Rotation",
 ]

@@ -10,8 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decoct.arch import Slot
+from decoct.ops.hadamard import random_signs
+from decoct.ops.rotation import Turn
 from decoct.stats import Stat
-from decoct.weights import Dense, LowRank, Masked, Shared, Sparse, Weight
+from decoct.weights import Dense, LowRank, Masked, Rotated, Shared, Sparse, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +234,42 @@ class EdgeScaling(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation(ABC):
+    """Turns hidden states by orthogonal matrices, which changes no output, so that no channel is much larger than others.
+
+    A step of its own, before all others. The engine folds the rotations into the matrices on either side.
+
+    Attributes:
+        residual: turn the residual stream: one rotation for the whole model.
+        values: turn each attention head's values: one rotation a block.
+        online: turn the inputs of these roles while the model runs, since nothing before them can take a rotation over;
+            True: what the MLP's last matrix reads.
+        seed: of the random signs.
+    """
+
+    residual: bool = True
+    values: bool = True
+    online: bool | tuple[str, ...] = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.residual or self.values or self.online):
+            raise ValueError("residual, values and online are all off: nothing would be rotated")
+
+    def first_of_residual(self, width: int, *, keeps_mean: bool) -> Turn:
+        """A random rotation of the residual stream: what is used, or where learning starts."""
+        return Turn.random(width, 3 * self.seed, keeps_mean=keeps_mean)
+
+    def first_of_values(self, head: int) -> Turn:
+        """A random rotation of a head's values."""
+        return Turn.random(head, 3 * self.seed + 1)
+
+    def signs(self, width: int) -> Float[Tensor, " width"]:
+        """By which inputs that are turned while the model runs are multiplied before their Hadamard transform."""
+        return random_signs(width, 3 * self.seed + 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMethod:
     """Works on the whole model: a stage of its own in a recipe. These are its settings; the engine runs the model."""
 
@@ -244,7 +282,8 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
 
     Args:
         weight: Dense; Sparse or Masked over Dense (the mask is kept); LowRank of such (each factor is quantized, the
-            left one with the statistic of what the right one puts out).
+            left one with the statistic of what the right one puts out); Rotated on its input side (what it holds is
+            quantized, with the statistic of rotated inputs).
         stat: the statistic of the inputs, or None.
         dense: (float32 matrix, mask of survivors or None, stat) -> Weight.
         name: the method's name, for the message.
@@ -262,6 +301,9 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
             new_right = quantize_structure(right, stat, dense, name)
             seen = None if stat is None else stat.through(new_right.unpack())
             return LowRank.of(quantize_structure(left, seen, dense, name), new_right)
+        case Rotated(inner=inner, left=None, right=right) if right is not None:
+            seen = None if stat is None else stat.scaled(right.float()).rotated()
+            return Rotated.of(quantize_structure(inner, seen, dense, name), None, right)
     raise refusal(name, weight)
 
 
@@ -269,6 +311,8 @@ def refusal(name: str, weight: Weight) -> ValueError:
     """One sentence on why `name` cannot follow whatever made `weight`."""
     if isinstance(weight, Shared):
         return ValueError(f"{name} cannot compress a weight that is shared with {weight.target}; compress that one")
+    if isinstance(weight, Rotated) and weight.left is None:
+        return ValueError(f"{name} cannot work on a matrix whose inputs are rotated; leave its role out of `online`")
     kinds = "(".join(node.kind for node in weight.walk())
     return ValueError(
         f"{name} cannot be applied to a {kinds} weight without losing its structure; put it earlier in the recipe"
