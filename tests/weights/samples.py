@@ -186,6 +186,10 @@ def rotated(inner: Weight) -> Rotated:
     return Rotated.of(inner, left.to(inner.dtype), right.to(inner.dtype))
 
 
+def rotated_inputs(inner: Weight) -> Rotated:
+    return Rotated.of(inner, None, gaussian(inner.shape[1], seed=7).to(inner.dtype))
+
+
 def samples() -> dict[str, Weight]:  # noqa: C901 - a list
     """By a name for the test's id."""
     half = torch.bfloat16
@@ -232,6 +236,9 @@ def samples() -> dict[str, Weight]:  # noqa: C901 - a list
         "rotated(trellis)": rotated(trellis()),
         "rotated(trellis)-bf16": rotated(trellis(13, 20, dtype=half)),
         "rotated(dense)": rotated(dense(OUT, 20)),
+        "rotated-inputs(dense)": rotated_inputs(dense(OUT, 20)),
+        "rotated-inputs(group_int)-bf16": rotated_inputs(group_int(dtype=half)),
+        "rotated-outputs(dense)": Rotated.of(dense(OUT, 20), gaussian(OUT, seed=6), None),
         "sum(rotated(trellis),low_rank)": Sum.of(rotated(trellis()), low_rank()),
         "one-row": group_int(1, IN, 3, symmetric=False),
     }

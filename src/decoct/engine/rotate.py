@@ -25,6 +25,7 @@ from decoct.ops.rotation import Turn
 from decoct.weights import Dense, Rotated, Weight
 
 _READ_BY_THE_MLP = ("mlp.down", "moe.down")
+_PIECES = 1 << 26  # what is in float64 at a time, a few times over
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +93,13 @@ class RotatedModel(Model):
 
     @override
     def weight(self, name: str) -> Weight:
-        slot = self._slot_names[name]
+        slot = self.slot(name)
         plain = self.base.weight(self._source_name(name))
         if not isinstance(plain, Dense):
             raise TypeError(f"{name}: a {plain.kind} weight cannot be rotated; planning refuses it")
         block = self._block(name)
         dtype, residual = plain.dtype, self.basis.residual
-        wide = torch.float32 if dtype.itemsize < torch.float32.itemsize else torch.float64
+        wide = _wide(dtype)
         values = plain.values
         if residual is not None:
             if slot.role == "embed":
@@ -280,6 +281,29 @@ def signs_nbytes(model: Model, slot: Slot, cols: int) -> int:
     """Bytes of a slot's signs, where its inputs are turned while the model runs; else 0."""
     turned = isinstance(model, RotatedModel) and slot.role in model.online
     return cols * stored_scale_dtype(model.dtype).itemsize if turned else 0
+
+
+def rotation_workspace(model: Model, slot: Slot, shape: tuple[int, int]) -> int:
+    """Bytes of reading a matrix of a rotated model, or of unpacking one whose inputs are turned: copies in float32."""
+    if not isinstance(model, RotatedModel):
+        return 0
+    entries = shape[0] * shape[1]
+    unpacking = 16 * entries if slot.role in model.online else 0
+    return max(entries * (model.dtype.itemsize + 2 * _wide(model.dtype).itemsize) + _PIECES, unpacking)
+
+
+def rotation_operations(model: Model) -> float:
+    """Floating-point operations of rotating a model's matrices, roughly; for the planner's estimate."""
+    if not isinstance(model, RotatedModel):
+        return 0.0
+    residual, width = model.basis.residual, model.shape(model.family.embed)[1]
+    each = 2.0 * width if residual is not None and residual.matrix is not None else 400.0
+    return 2.0 * each * model.num_parameters  # in float64, at half the speed
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What matrices are kept in between two rotations."""
+    return torch.float32 if dtype.itemsize < torch.float32.itemsize else torch.float64
 
 
 def turned_slots(model: Model, steps: Iterable[object]) -> dict[str, tuple[Rotation, ...]]:

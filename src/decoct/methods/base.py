@@ -234,8 +234,8 @@ class EdgeScaling(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rotation(ABC):
-    """Turns hidden states by orthogonal matrices, which changes no output, so that no channel is much larger than others.
+class Rotation:
+    """Turns hidden states by orthogonal matrices, so that no channel is much larger than others; no output changes.
 
     A step of its own, before all others. The engine folds the rotations into the matrices on either side.
 
