@@ -93,8 +93,10 @@ def _block(work: Work) -> int:
 def _working(model: Model, name: str, method: Method) -> int:
     """Bytes that a method takes on a matrix, and those of the statistic of its inputs where these are rotated."""
     shape = _matrix(model, name)
-    turned = method.stat is not None and signs_nbytes(model, model.slot(name), 1)
-    return method.workspace(shape) + (4 * method.stat.nbytes_for(shape[1]) if turned else 0)
+    needed = method.workspace(shape)
+    if method.stat is not None and signs_nbytes(model, model.slot(name), 1):
+        needed += 4 * method.stat.nbytes_for(shape[1])
+    return needed
 
 
 def _statistics(work: Work) -> int:

@@ -10,6 +10,7 @@ from decoct.engine.budget import Budget, compute_dtype, format_size, resident_by
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
 from decoct.engine.folding import touched
+from decoct.engine.plan_basis import learning
 from decoct.engine.rehearse import Chains, Rehearsal, Steps, rehearse
 from decoct.engine.rotate import check_rotation, rotated, signs_nbytes, turned_slots
 from decoct.engine.rules import Resolved, Rule, assign, is_paired
@@ -107,7 +108,8 @@ def make_plan(
     paired = any(is_paired(step) for step in resolved)
     scalings = tuple(step for step in resolved if isinstance(step, EdgeScaling))
     reading = any(method.stat is not None for methods in chains.values() for method in methods)
-    needs_data = paired or bool(scalings) or reading
+    learns = learning(model) if turned_slots(model, resolved) else None  # an earlier stage's are learned by then
+    needs_data = paired or bool(scalings) or reading or learns is not None
     if needs_data:
         check_length(data, model)
     if dtype is None:
@@ -116,6 +118,7 @@ def make_plan(
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
     working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
+    working = max(working, learns.working_bytes(data, dtype) if learns is not None else 0)
     limit = budget.host_limit()
     base = resident_bytes() + FIXED
     in_memory = int(MARGIN * (base + activations + working)) <= limit
@@ -135,7 +138,8 @@ def make_plan(
         output_bytes=_output_bytes(model, rehearsal),
         reals=_reals(model, rehearsal),
         scratch_bytes=2 * activations,
-        seconds=time_taken(work),
+        seconds=time_taken(work) + (learns.seconds(data, dtype) if learns is not None else 0.0),
+        checkpoint_bytes=2 * learns.checkpoint_bytes if learns is not None else 0,
     )
 
 

@@ -103,11 +103,11 @@ class RotatedModel(Model):
         values = plain.values
         if residual is not None:
             if slot.role == "embed":
-                values = residual.rows(values, centre=self._stream.centred, dtype=wide)
-            elif slot.role == "lm_head" or slot.reads in self._stream.norms:
+                values = residual.rows(values, centre=self.stream.centred, dtype=wide)
+            elif slot.role == "lm_head" or slot.reads in self.stream.norms:
                 values = residual.rows(values, factor=self._gain(slot, block), dtype=wide)
             if slot.writes == "resid" and slot.role != "embed":
-                values = residual.columns(values, centre=self._stream.centred, dtype=wide)
+                values = residual.columns(values, centre=self.stream.centred, dtype=wide)
         if block is not None and self.basis.values:
             values = self._with_turned_heads(values, slot, self.basis.values[block], wide)
         if slot.role not in self.online:
@@ -123,15 +123,15 @@ class RotatedModel(Model):
         relative = name if block is None else name.removeprefix(self.prefix(block))
         matrix = relative.removesuffix("bias") + "weight" if relative.endswith(".bias") else None
         if residual is not None:
-            gains = (self._stream.final,) if block is None else tuple(self._stream.norms.values())
+            gains = (self.stream.final,) if block is None else tuple(self.stream.norms.values())
             if relative in gains:
                 return torch.ones_like(tensor)
             if matrix in gains:
                 return residual.rows(self._over_gain(name, tensor).unsqueeze(0), dtype=tensor.dtype)[0]
-            if name in self._stream.added:
-                return residual.rows(tensor, centre=self._stream.centred)
+            if name in self.stream.added:
+                return residual.rows(tensor, centre=self.stream.centred)
             if block is not None and matrix in self._writers:
-                return residual.rows(tensor.unsqueeze(0), centre=self._stream.centred)[0]
+                return residual.rows(tensor.unsqueeze(0), centre=self.stream.centred)[0]
         carrier = _values_slot(self.base)
         if block is not None and self.basis.values and carrier is not None and matrix == carrier.name:
             turn = self.basis.values[block]
@@ -139,7 +139,8 @@ class RotatedModel(Model):
         return tensor
 
     @cached_property
-    def _stream(self) -> Stream:
+    def stream(self) -> Stream:
+        """How the residual stream is read."""
         return self.family.stream(self.base.config)
 
     @cached_property
@@ -162,7 +163,7 @@ class RotatedModel(Model):
     def _gain(self, slot: Slot, block: int | None) -> Tensor:
         """Of the norm through which a slot reads the stream."""
         return self.base.tensor(
-            self._stream.final if block is None else self.prefix(block) + self._stream.norms[slot.reads]
+            self.stream.final if block is None else self.prefix(block) + self.stream.norms[slot.reads]
         )
 
     def _over_gain(self, name: str, bias: Tensor) -> Tensor:

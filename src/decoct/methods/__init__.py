@@ -32,11 +32,13 @@ from decoct.methods.quantize.spqr import SpQR
 from decoct.methods.quantize.squeezellm import SqueezeLLM
 from decoct.methods.quantize.ternary import Ternary
 from decoct.methods.rotate.quarot import QuaRot
+from decoct.methods.rotate.spinquant import SpinQuant
 
 AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | Rotation | BlockMethod | ModelMethod
 
 METHODS: dict[str, type[AnyMethod]] = {
     "quarot": QuaRot,
+    "spinquant": SpinQuant,
     "rtn": RTN,
     "hqq": HQQ,
     "mxfp": MXFP,

@@ -38,10 +38,15 @@ class Turn:
         y = hadamard(x * self.signs.to(x.dtype))
         return y if not self.keeps_mean else _reflected(y, hadamard(_ones(x) * self.signs.to(x.dtype)))
 
+    def __len__(self) -> int:
+        """How many entries it turns."""
+        given = self.matrix if self.matrix is not None else self.signs
+        assert given is not None
+        return len(given)
+
     def dense(self) -> Float[Tensor, "n n"]:
         """Q, float64."""
-        length = len(self.signs) if self.signs is not None else len(self.matrix) if self.matrix is not None else 0
-        return self(torch.eye(length, dtype=torch.float64)).T.contiguous()
+        return self(torch.eye(len(self), dtype=torch.float64)).T.contiguous()
 
     def rows(
         self,
