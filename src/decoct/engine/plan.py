@@ -119,12 +119,7 @@ def make_plan(
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
     working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
     working = max(working, learns.working_bytes(data, dtype) if learns is not None else 0)
-    limit = budget.host_limit()
-    base = resident_bytes() + FIXED
-    in_memory = int(MARGIN * (base + activations + working)) <= limit
-    peak = int(MARGIN * (base + working + (activations if in_memory else 0)))
-    if peak > limit:
-        raise ValueError(_too_large(model, peak, limit, working))
+    in_memory, peak = _memory(model, budget, activations, working)
     return Plan(
         kind="blocks",
         steps=resolved,
@@ -134,13 +129,23 @@ def make_plan(
         dtype=dtype,
         in_memory=in_memory,
         peak_bytes=peak,
-        limit_bytes=limit,
+        limit_bytes=budget.host_limit(),
         output_bytes=_output_bytes(model, rehearsal),
         reals=_reals(model, rehearsal),
         scratch_bytes=2 * activations,
         seconds=time_taken(work) + (learns.seconds(data, dtype) if learns is not None else 0.0),
         checkpoint_bytes=2 * learns.checkpoint_bytes if learns is not None else 0,
     )
+
+
+def _memory(model: Model, budget: Budget, activations: int, working: int) -> tuple[bool, int]:
+    """Whether activations stay in memory, and the predicted peak; refuses what the budget does not allow."""
+    limit, base = budget.host_limit(), resident_bytes() + FIXED
+    in_memory = int(MARGIN * (base + activations + working)) <= limit
+    peak = int(MARGIN * (base + working + (activations if in_memory else 0)))
+    if peak > limit:
+        raise ValueError(_too_large(model, peak, limit, working))
+    return in_memory, peak
 
 
 def _resolve(model: Model, steps: tuple[StepRules, ...]) -> Steps:
