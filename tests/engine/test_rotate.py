@@ -13,10 +13,11 @@ from decoct.engine.stages import plan_stages
 from decoct.methods import METHODS
 from decoct.model import Model, open_model
 from decoct.weights import Rotated
-from tests.engine.running import AUTOROUND, EORA, GPTQ, RTN, WANDA, digests, make_base, make_job, run
+from tests.engine.running import AUTOROUND, EORA, EVERYTHING, GPTQ, RTN, WANDA, digests, make_base, make_job, run
 from tests.tiny import CONFIGS, save_model
 
 QUAROT: dict[str, Any] = {"quarot": {}}
+CHANNELS: dict[str, Any] = {"linear": {"rtn": {"bits": 4, "group_size": "channel"}}}
 INSIDE: dict[str, Any] = {"quarot": {"online": False}}
 FUSED = {"values": False}
 STAYS = {"residual": False}
@@ -84,7 +85,19 @@ def test_a_tied_embedding_is_untied_and_counted(tmp_path: Path) -> None:
     assert any(group.role == "lm_head" and group.methods for group in plan.stages[0].groups)
 
 
-@pytest.mark.parametrize("steps", [[QUAROT, RTN], [QUAROT, GPTQ], [QUAROT, GPTQ, EORA], [INSIDE, WANDA, GPTQ]])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [QUAROT, RTN],
+        [QUAROT, GPTQ],
+        [QUAROT, GPTQ, EORA],
+        [QUAROT, {"linear": {"hqq": {"bits": 4, "group_size": 8}}}],
+        [INSIDE, WANDA, GPTQ],
+        [INSIDE, {"awq": {"bits": 4, "group_size": 8}}, RTN],
+        [INSIDE, {"linear": {"svd_llm": {"keep": 0.6, "rank_multiple": 1}}}, CHANNELS],
+        [{"quarot": {"online": ["attn.o", "mlp.down"], "residual": False}}, EVERYTHING],
+    ],
+)
 def test_plans_know_the_size(steps: list[Any], tmp_path: Path) -> None:
     base = make_base(tmp_path, "llama-tied")
     job = make_job(base, tmp_path / "out", *steps)
