@@ -17,7 +17,6 @@ from tests.engine.running import AUTOROUND, EORA, EVERYTHING, GPTQ, RTN, WANDA, 
 from tests.tiny import CONFIGS, save_model
 
 QUAROT: dict[str, Any] = {"quarot": {}}
-CHANNELS: dict[str, Any] = {"linear": {"rtn": {"bits": 4, "group_size": "channel"}}}
 INSIDE: dict[str, Any] = {"quarot": {"online": False}}
 FUSED = {"values": False}
 STAYS = {"residual": False}
@@ -94,7 +93,6 @@ def test_a_tied_embedding_is_untied_and_counted(tmp_path: Path) -> None:
         [QUAROT, {"linear": {"hqq": {"bits": 4, "group_size": 8}}}],
         [INSIDE, WANDA, GPTQ],
         [INSIDE, {"awq": {"bits": 4, "group_size": 8}}, RTN],
-        [INSIDE, {"linear": {"svd_llm": {"keep": 0.6, "rank_multiple": 1}}}, CHANNELS],
         [{"quarot": {"online": ["attn.o", "mlp.down"], "residual": False}}, EVERYTHING],
     ],
 )
