@@ -140,7 +140,7 @@ def test_a_run_that_was_stopped_goes_on_alike(part: str, tmp_path: Path, monkeyp
         ("gemma2", {}, "norms after each sublayer"),
         ("llama", {"residual": False, "values": False}, "nothing would be learned; use quarot"),
         ("llama", {"bits": 9}, "bits must be 2 to 8"),
-        ("llama", {"clip": 0.0}, "clip must lie between"),
+        ("llama", {"clip_ratio": 0.0}, "clip_ratio must lie between"),
         ("llama", {"num_steps": 0}, "at least 1"),
     ],
 )

@@ -261,8 +261,8 @@ def _rounded(
 ) -> tuple[Tensor, ...]:
     x, *rest = arguments
     if signs is None:
-        return rounded_tokens(x, method.bits, method.clip), *rest
-    turned = rounded_tokens(hadamard((x * signs).float()), method.bits, method.clip)
+        return rounded_tokens(x, method.bits, method.clip_ratio), *rest
+    turned = rounded_tokens(hadamard((x * signs).float()), method.bits, method.clip_ratio)
     return hadamard(turned, inverse=True).to(x.dtype) * signs, *rest
 
 

@@ -19,14 +19,14 @@ class SpinQuant(Rotation):
         batch_size: sequences in each.
         learning_rate: of Cayley SGD; decays to zero along a cosine.
         bits: of the rounded inputs.
-        clip: fraction of a token's largest entry that the largest code stands for.
+        clip_ratio: fraction of a token's largest entry that the largest code stands for.
     """
 
     num_steps: int = 100
     batch_size: int = 8
     learning_rate: float = 1.5
     bits: int = 4
-    clip: float = 1.0
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.residual or self.values):
@@ -35,8 +35,8 @@ class SpinQuant(Rotation):
             raise ValueError("num_steps and batch_size must be at least 1")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, not {self.bits}")
-        if not 0 < self.clip <= 1 or self.learning_rate <= 0:
-            raise ValueError("clip must lie between 0 and 1, learning_rate above 0")
+        if not 0 < self.clip_ratio <= 1 or self.learning_rate <= 0:
+            raise ValueError("clip_ratio must lie between 0 and 1, learning_rate above 0")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
