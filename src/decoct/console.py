@@ -273,7 +273,7 @@ class _Clock:
 
 def _event_line(event: "Event", left: str) -> str:
     error = "" if event.error is None else f"  error {event.error:.5f}"
-    error += "" if event.loss is None else f"  KL {event.loss:.4f}"
+    error += "" if event.loss is None else f"  loss {event.loss:.4f}"
     starved = f"  {len(event.starved)} experts' weights without data" if event.starved else ""
     return f"[{event.done:>3}/{event.total}] {event.part:<10}{error}  {event.seconds:6.1f} s  {left}{starved}".rstrip()
 

@@ -97,6 +97,10 @@ class Model:
             found.update({self.prefix(block) + slot.name: slot for slot in self.block_slots})
         return {**found, **ends}
 
+    def slot(self, name: str) -> Slot:
+        """A slot by its full name."""
+        return self._slot_names[name]
+
     def others(self, block: int | None) -> list[str]:
         """Full names of the tensors that are no slots (norms, biases, positions) in a block, or outside all of them."""
         slots = self._slot_names

@@ -14,13 +14,13 @@ from decoct.engine.data import Data
 from decoct.engine.plan import StepRules
 from decoct.engine.rules import Rule
 from decoct.engine.stages import BlocksStage, CacheStage, ModelStage, Stage
-from decoct.methods import METHODS, AnyMethod, BlockMethod, CacheMethod, EdgeScaling, ModelMethod
+from decoct.methods import METHODS, AnyMethod, BlockMethod, CacheMethod, EdgeScaling, ModelMethod, Rotation
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.search.settings import Search
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
-_BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod | EdgeScaling)]
+_BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod | EdgeScaling | Rotation)]
 _MODEL_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, ModelMethod)]
 _CACHE_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, CacheMethod)]
 _TOP_KEYS = ("name", "about", "data", "budget", "search", "stages", "export")
@@ -236,7 +236,7 @@ def _step(value: Any, where: str) -> StepRules:
         method = build_method(kind, inner, where)
         if isinstance(method, ModelMethod | CacheMethod):
             raise _no_step(method, kind, where)
-        if not isinstance(method, BlockMethod | EdgeScaling):
+        if not isinstance(method, BlockMethod | EdgeScaling | Rotation):
             raise RecipeError(f"{where}: {kind} works on single matrices; write {{linear: {{{kind}: …}}}}")
         return method
     rules = inner if isinstance(inner, list) else [inner]
@@ -257,7 +257,7 @@ def _rule(value: Any, where: str) -> Rule:
     patterns = _strings(match, f"{where}.match")
     share = _typed(float, value.get("min_share", 0.0), f"{where}.min_share")
     method = None if leave else build_method(names[0], value[names[0]], where)
-    if isinstance(method, BlockMethod | EdgeScaling):
+    if isinstance(method, BlockMethod | EdgeScaling | Rotation):
         raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
     if isinstance(method, ModelMethod | CacheMethod):
         raise _no_step(method, names[0], where)
@@ -310,7 +310,7 @@ def _settings(cls: type[_Settings], value: Any, where: str) -> _Settings:
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
     try:
-        return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int))
+        return TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int | list))
     except ValidationError as error:
         raise RecipeError(f"{where}: {error.errors()[0]['msg']} (got {value!r})") from None
 

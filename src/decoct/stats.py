@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decoct.ops.hadamard import rotate
+
 _TILE = 512  # Gram matrices are symmetric: tiles below the diagonal are mirrored, not computed
 
 
@@ -37,6 +39,9 @@ class Stat(Protocol):
 
     def scaled(self, factor: Float[Tensor, "in"]) -> Self:
         """The statistic of factor·x, feature by feature."""
+
+    def rotated(self) -> Self:
+        """The statistic of H·x, with H the orthonormal Hadamard transform."""
 
     @staticmethod
     def nbytes_for(width: int) -> int:
@@ -102,6 +107,10 @@ class Gram:
         """The statistic of factor·x."""
         return type(self)(self.total * factor * factor.unsqueeze(1), self.num_tokens)
 
+    def rotated(self) -> Self:
+        """The statistic of H·x."""
+        return type(self)(rotate(self.total.triu() + self.total.triu(1).T), self.num_tokens)
+
     @staticmethod
     def nbytes_for(width: int) -> int:
         """Float32 [width, width]."""
@@ -158,6 +167,10 @@ class PairedGram:
     def scaled(self, factor: Float[Tensor, "in"]) -> Self:
         """The statistic of factor·x."""
         return type(self)(self.gram.scaled(factor), self.cross * factor * factor.unsqueeze(1))
+
+    def rotated(self) -> Self:
+        """The statistic of H·x."""
+        return type(self)(self.gram.rotated(), rotate(self.cross))
 
     @staticmethod
     def nbytes_for(width: int) -> int:
@@ -219,6 +232,14 @@ class ColumnNorm:
             ValueError: always; a Gram would be needed.
         """
         raise ValueError("column norms cannot be carried through a low-rank factor; prune before factorizing")
+
+    def rotated(self) -> Self:
+        """Not to be had from norms alone.
+
+        Raises:
+            ValueError: always; a Gram would be needed.
+        """
+        raise ValueError("column norms cannot be carried through a rotation; leave this matrix out of `online`")
 
     @staticmethod
     def nbytes_for(width: int) -> int:

@@ -128,7 +128,7 @@ def test_every_stage_is_shown(base: Path, text: Path, tmp_path: Path) -> None:
     assert done["errors"].keys() == {"block 0", "block 1", "block 2"}
     progress = invoke("compress", base, recipe, "-o", tmp_path / "again").stderr
     assert "[  3/3] step 3" in progress
-    assert f"KL {done['losses'][2]:.4f}" in progress
+    assert f"loss {done['losses'][2]:.4f}" in progress
     assert "what happens" in progress
 
 

@@ -16,6 +16,8 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - once, before forking
 
 import decoct.engine.estimate
+import decoct.engine.learn_basis
+import decoct.engine.plan_basis
 import decoct.engine.plan_tuning
 import decoct.engine.tune
 from tests.engine.running import digests, run
@@ -87,8 +89,9 @@ def try_points(base: Path, text: Path, folder: Path, every: int, recipe: dict[st
 def main() -> None:
     """See the module's words."""
     torch.set_num_threads(1)
-    decoct.engine.estimate.product_rate = decoct.engine.plan_tuning.product_rate = lambda _: 1e11
-    decoct.engine.tune._SAVE_SECONDS = 0.0
+    for module in (decoct.engine.estimate, decoct.engine.plan_tuning, decoct.engine.plan_basis):
+        module.product_rate = lambda _: 1e11
+    decoct.engine.tune._SAVE_SECONDS = decoct.engine.learn_basis._SAVE_SECONDS = 0.0
     base, text, folder = (Path(each) for each in sys.argv[1:4])
     print(try_points(base, text, folder, int(sys.argv[4]), json.loads(sys.argv[5])))
 

@@ -16,6 +16,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "two stages": {"stages": [{"blocks": [WANDA]}, {"blocks": [GPTQ, EORA]}]},
     "two chains of states": {"stages": [{"blocks": [GPTQ, AUTOROUND]}]},
     "a cache policy": {"stages": [{"cache": {"kivi": {"group_size": 8}}}]},
+    "rotated": {"stages": [{"blocks": [{"quarot": {}}, GPTQ]}]},
+    "learned rotations": {"stages": [{"blocks": [{"spinquant": {"num_steps": 3, "batch_size": 2}}, GPTQ]}]},
     "tuned": {"stages": [{"blocks": [EVERYTHING]}, {"e2e_qp": {"num_steps": 3}}]},
 }
 
@@ -33,7 +35,8 @@ def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "every"), [("one stage", 7), ("two chains of states", 7), ("a cache policy", 5), ("tuned", 13)]
+    ("recipe", "every"),
+    [("one stage", 7), ("two chains of states", 7), ("a cache policy", 5), ("tuned", 13), ("learned rotations", 7)],
 )
 def test_some_points(recipe: str, every: int, base: Path, tmp_path: Path) -> None:
     assert cut(base, tmp_path, RECIPES[recipe], every=every) >= 8
@@ -41,7 +44,15 @@ def test_some_points(recipe: str, every: int, base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("recipe", "every"), [("one stage", 1), ("two stages", 1), ("two chains of states", 3), ("tuned", 5)]
+    ("recipe", "every"),
+    [
+        ("one stage", 1),
+        ("two stages", 1),
+        ("two chains of states", 3),
+        ("tuned", 5),
+        ("rotated", 2),
+        ("learned rotations", 3),
+    ],
 )
 def test_every_kind_of_point(recipe: str, every: int, base: Path, tmp_path: Path) -> None:
     assert cut(base, tmp_path, RECIPES[recipe], every=every) >= 15

@@ -195,6 +195,10 @@ def quantized_input(inner: Weight, form: str = "int", kept: tuple[int, ...] = ()
     return QuantizedInput.of(inner, grid, scale, torch.tensor(kept) if kept else None)
 
 
+def rotated_inputs(inner: Weight) -> Rotated:
+    return Rotated.of(inner, None, gaussian(inner.shape[1], seed=7).to(inner.dtype))
+
+
 def samples() -> dict[str, Weight]:  # noqa: C901 - a list
     """By a name for the test's id."""
     half = torch.bfloat16
@@ -241,6 +245,9 @@ def samples() -> dict[str, Weight]:  # noqa: C901 - a list
         "rotated(trellis)": rotated(trellis()),
         "rotated(trellis)-bf16": rotated(trellis(13, 20, dtype=half)),
         "rotated(dense)": rotated(dense(OUT, 20)),
+        "rotated-inputs(dense)": rotated_inputs(dense(OUT, 20)),
+        "rotated-inputs(group_int)-bf16": rotated_inputs(group_int(dtype=half)),
+        "rotated-outputs(dense)": Rotated.of(dense(OUT, 20), gaussian(OUT, seed=6), None),
         "sum(rotated(trellis),low_rank)": Sum.of(rotated(trellis()), low_rank()),
         "inputs(dense)-bf16": quantized_input(dense(dtype=half), bits=4, clip_ratio=0.9),
         "inputs(int8)": quantized_input(group_int(bits=8, group_size="channel")),

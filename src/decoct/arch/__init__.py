@@ -3,7 +3,7 @@
 from decoct.arch.classic import GPT2, GPT_NEOX, OPT
 from decoct.arch.llama import GEMMA2, GEMMA3, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from decoct.arch.moe import MIXTRAL, QWEN3_MOE
-from decoct.arch.schema import Config, Edge, Family, Norm, Slot, edges
+from decoct.arch.schema import Config, Edge, Family, Norm, Slot, Stream, edges
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, OPT, GPT_NEOX, MIXTRAL, QWEN3_MOE,
@@ -27,4 +27,4 @@ def find_family(config: Config) -> Family:
     )
 
 
-__all__ = ["FAMILIES", "Config", "Edge", "Family", "Norm", "Slot", "edges", "find_family"]
+__all__ = ["FAMILIES", "Config", "Edge", "Family", "Norm", "Slot", "Stream", "edges", "find_family"]

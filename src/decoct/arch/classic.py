@@ -1,7 +1,7 @@
 """GPT-2, OPT and GPT-NeoX: LayerNorm, biases, an MLP without a gate."""
 
-from decoct.arch.parts import attention, pre_norms
-from decoct.arch.schema import Config, Family, Norm, Slot
+from decoct.arch.parts import attention, post_norm_stream, pre_norms
+from decoct.arch.schema import Config, Family, Norm, Slot, Stream
 
 
 def _gpt2(_: Config) -> tuple[Slot, ...]:
@@ -38,11 +38,37 @@ def _gpt_neox(_: Config) -> tuple[Slot, ...]:
     )
 
 
+def _gpt2_norms(_: Config) -> tuple[Norm, ...]:
+    return Norm("ln_1.weight", "attn_in"), Norm("ln_2.weight", "mlp_in")
+
+
+def _gpt2_stream(config: Config) -> Stream:
+    return Stream(_by_edge(_gpt2_norms(config)), "transformer.ln_f.weight", True, ("transformer.wpe.weight",))
+
+
+def _opt_stream(config: Config) -> Stream:
+    norms = _by_edge(_opt_norms(config))
+    if not norms:
+        return post_norm_stream(config)
+    if config.get("word_embed_proj_dim", config["hidden_size"]) != config["hidden_size"]:
+        raise ValueError("its embedding is projected to another width on its way into the residual stream")
+    return Stream(norms, "model.decoder.final_layer_norm.weight", True, ("model.decoder.embed_positions.weight",))
+
+
+def _gpt_neox_stream(config: Config) -> Stream:
+    return Stream(_by_edge(pre_norms(config)), "gpt_neox.final_layer_norm.weight", True)
+
+
+def _by_edge(norms: tuple[Norm, ...]) -> dict[str, str]:
+    return {norm.writes: norm.name for norm in norms}
+
+
 GPT2 = Family(
     "gpt2",
     ("gpt2",),
     _gpt2,
-    lambda _: (Norm("ln_1.weight", "attn_in"), Norm("ln_2.weight", "mlp_in")),
+    _gpt2_norms,
+    _gpt2_stream,
     blocks="transformer.h",
     embed="transformer.wte.weight",
     num_blocks_key="n_layer",
@@ -53,6 +79,7 @@ OPT = Family(
     ("opt",),
     _opt,
     _opt_norms,
+    _opt_stream,
     blocks="model.decoder.layers",
     embed="model.decoder.embed_tokens.weight",
 )
@@ -61,6 +88,7 @@ GPT_NEOX = Family(
     ("gpt_neox",),
     _gpt_neox,
     pre_norms,
+    _gpt_neox_stream,
     blocks="gpt_neox.layers",
     embed="gpt_neox.embed_in.weight",
     head="embed_out.weight",

@@ -1,6 +1,13 @@
 """Llama and what shares its block: Mistral, Qwen2, Qwen3, OLMo-2 (norms after), Gemma 2 and 3, Phi-3 (fused)."""
 
-from decoct.arch.parts import attention, gated_mlp, llama_like, pre_norms
+from decoct.arch.parts import (
+    attention,
+    gated_mlp,
+    llama_like,
+    post_norm_stream,
+    pre_norm_stream,
+    pre_norms,
+)
 from decoct.arch.schema import Config, Family, Norm, Slot
 
 
@@ -26,11 +33,11 @@ def _gemma_norms(_: Config) -> tuple[Norm, ...]:
     )
 
 
-LLAMA = Family("llama", ("llama",), llama_like, pre_norms)
-MISTRAL = Family("mistral", ("mistral", "ministral"), llama_like, pre_norms)
-QWEN2 = Family("qwen2", ("qwen2",), llama_like, pre_norms)
-QWEN3 = Family("qwen3", ("qwen3",), llama_like, pre_norms)
-GEMMA2 = Family("gemma2", ("gemma2",), llama_like, _gemma_norms)
-GEMMA3 = Family("gemma3", ("gemma3_text",), llama_like, _gemma_norms)
-OLMO2 = Family("olmo2", ("olmo2",), _post_norm)
-PHI3 = Family("phi3", ("phi3",), _phi3, pre_norms)
+LLAMA = Family("llama", ("llama",), llama_like, pre_norms, pre_norm_stream)
+MISTRAL = Family("mistral", ("mistral", "ministral"), llama_like, pre_norms, pre_norm_stream)
+QWEN2 = Family("qwen2", ("qwen2",), llama_like, pre_norms, pre_norm_stream)
+QWEN3 = Family("qwen3", ("qwen3",), llama_like, pre_norms, pre_norm_stream)
+GEMMA2 = Family("gemma2", ("gemma2",), llama_like, _gemma_norms, post_norm_stream)
+GEMMA3 = Family("gemma3", ("gemma3_text",), llama_like, _gemma_norms, post_norm_stream)
+OLMO2 = Family("olmo2", ("olmo2",), _post_norm, stream=post_norm_stream)
+PHI3 = Family("phi3", ("phi3",), _phi3, pre_norms, pre_norm_stream)

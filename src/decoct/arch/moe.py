@@ -1,7 +1,9 @@
 """Mixtral and Qwen3-MoE: each expert's matrices are slots of their own, the router is protected."""
 
-from decoct.arch.parts import attention, experts, gated_mlp, pre_norms
-from decoct.arch.schema import Config, Family, Norm, Slot
+from dataclasses import replace
+
+from decoct.arch.parts import attention, experts, gated_mlp, pre_norm_stream, pre_norms
+from decoct.arch.schema import Config, Family, Norm, Slot, Stream
 
 
 def _mixtral(config: Config) -> tuple[Slot, ...]:
@@ -31,5 +33,12 @@ def _first_norm(config: Config) -> tuple[Norm, ...]:
     return pre_norms(config)[:1]
 
 
-MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, _first_norm, renames=((".block_sparse_moe.", ".mlp."),))
-QWEN3_MOE = Family("qwen3_moe", ("qwen3_moe",), _qwen3_moe, _first_norm)
+def _stream(config: Config) -> Stream:
+    """Every expert reads it through the norm that the router reads it through."""
+    plain = pre_norm_stream(config)
+    through = {f"expert.{expert}.in": plain.norms["mlp_in"] for expert in range(_num_experts(config))}
+    return replace(plain, norms={**plain.norms, **through})
+
+
+MIXTRAL = Family("mixtral", ("mixtral",), _mixtral, _first_norm, _stream, renames=((".block_sparse_moe.", ".mlp."),))
+QWEN3_MOE = Family("qwen3_moe", ("qwen3_moe",), _qwen3_moe, _first_norm, _stream)

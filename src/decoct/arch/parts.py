@@ -1,11 +1,25 @@
 """Slots that many families have in common."""
 
-from decoct.arch.schema import Config, Norm, Slot
+from decoct.arch.schema import Config, Norm, Slot, Stream
 
 
 def pre_norms(_: Config) -> tuple[Norm, ...]:
     """A norm before attention, another before the MLP, the residual stream around both."""
     return Norm("input_layernorm.weight", "attn_in"), Norm("post_attention_layernorm.weight", "mlp_in")
+
+
+def pre_norm_stream(config: Config) -> Stream:
+    """Read through these norms alone."""
+    return Stream({norm.writes: norm.name for norm in pre_norms(config)}, final="model.norm.weight")
+
+
+def post_norm_stream(_: Config) -> Stream:
+    """A norm between a sublayer and the residual stream scales single channels of what is added to it.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("its norms after each sublayer scale what is added to the residual stream, channel by channel")
 
 
 def attention(prefix: str = "self_attn.", out: str = "o_proj", reads: str = "attn_in") -> tuple[Slot, ...]:

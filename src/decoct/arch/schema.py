@@ -54,6 +54,33 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """How a family's residual stream is read, where it may be rotated: only through norms whose gains can be folded.
+
+    Attributes:
+        norms: edge -> the gain, relative to its block, of the norm through which slots that read the edge see the
+            stream.
+        final: full name of the gain of the norm before the output projection.
+        centred: the norms subtract the mean (LayerNorm).
+        added: full names of tables that are added to the embedding (positions).
+    """
+
+    norms: Mapping[str, str]
+    final: str
+    centred: bool = False
+    added: tuple[str, ...] = ()
+
+
+def no_stream(_: Config) -> Stream:
+    """The default.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("this architecture's table does not say how its residual stream is read")
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One architecture family's table.
 
@@ -65,6 +92,7 @@ class Family:
         embed: full name of the token embedding.
         head: full name of the output projection in the checkpoint.
         norms: the norms of one block that write one edge and nothing else, from the config.
+        stream: how the residual stream is read, from the config; raises ValueError where it cannot be rotated.
         renames: (part of a checkpoint name, the same part in transformers' module), where the two differ.
         num_blocks_key: the config's key for the number of blocks.
     """
@@ -73,6 +101,7 @@ class Family:
     model_types: tuple[str, ...]
     slots: Callable[[Config], tuple[Slot, ...]]
     norms: Callable[[Config], tuple[Norm, ...]] = lambda _: ()
+    stream: Callable[[Config], Stream] = no_stream
     blocks: str = "model.layers"
     embed: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"

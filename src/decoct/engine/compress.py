@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from decoct.engine.cache import CachePass, run_cache, written_policy
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
+from decoct.engine.learn_basis import Learning, learned_basis
 from decoct.engine.plan import Plan
+from decoct.engine.rotate import RotatedModel, rotated
 from decoct.engine.stages import CacheStage, ModelStage, RecipePlan, Stage, plan_stages
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
 from decoct.engine.summary import Result, read_result, write_summary
 from decoct.engine.tune import CHECKPOINT, Tuning, run_tuning
 from decoct.engine.write import finish_folder
+from decoct.methods.rotate.spinquant import SpinQuant
 from decoct.model import Model, open_model
 from decoct.store import MANIFEST, FolderSource, open_safetensors, read_json, save_safetensors
 from decoct.version import __version__
@@ -90,6 +93,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
         for number, planned in enumerate(plan.stages):
             watch.planned(planned)
             events.append([])
+            model = rotated(model, planned.steps)
             entry = _run_stage(job, number, planned, model, tokens, watch, events[-1])
             staged, folder = stage_folder(job.out, number), result_folder(job.out, number, len(job.stages))
             cache = written_policy(staged) if isinstance(job.stages[number], CacheStage) else model.cache
@@ -138,6 +142,9 @@ def _run_stage(
     if isinstance(stage, CacheStage):
         run_cache(CachePass(stage.method, model, tokens, plan.dtype, staged, journal, note))
         return entry
+    if isinstance(model, RotatedModel) and isinstance(model.method, SpinQuant):
+        assert tokens is not None
+        model = replace(model, basis=learned_basis(Learning(model.method, model, tokens, plan.dtype, staged, note)))
     scratch = scratch_folder(job.out, number, job.budget.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     todo = Pass(

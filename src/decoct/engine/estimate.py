@@ -9,6 +9,8 @@ from decoct.engine.budget import product_rate
 from decoct.engine.data import Data
 from decoct.engine.folding import folding_operations, folds
 from decoct.engine.rehearse import Chains, linear
+from decoct.engine.rotate import rotation_operations, rotation_workspace, signs_nbytes
+from decoct.engine.rules import Method
 from decoct.methods import BlockMethod, EdgeScaling
 from decoct.model import Model
 
@@ -45,7 +47,7 @@ def time_taken(work: Work) -> float:
     """Seconds: the forward passes, the statistics, and the methods' own work, at the rate that products reach here."""
     model, chains, data = work.model, work.chains, work.data
     solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in linear(methods))
-    solving += sum(folding_operations(model, step) for step in work.scalings)
+    solving += sum(folding_operations(model, step) for step in work.scalings) + rotation_operations(model)
     full = product_rate(torch.float32)
     seconds = solving / full + 2 * model.nbytes / 1e9
     if data is not None:
@@ -66,7 +68,8 @@ def _block(work: Work) -> int:
     entries = sum(prod(model.shape(name)) for name in slots)
     blocks = f"{model.family.blocks}."
     inside = {name: linear(chain) for name, chain in work.chains.items() if name.startswith(blocks)}
-    workspace = max((m.workspace(_matrix(model, name)) for name, chain in inside.items() for m in chain), default=0)
+    workspace = max((_working(model, name, m) for name, chain in inside.items() for m in chain), default=0)
+    workspace = max(workspace, *(rotation_workspace(model, slot, _matrix(model, name)) for name, slot in slots.items()))
     needed = entries * model.dtype.itemsize + int(entries * 1.25)
     if data is None:
         return needed + workspace
@@ -87,6 +90,15 @@ def _block(work: Work) -> int:
     return needed + workspace + copies * _statistics(work) + running
 
 
+def _working(model: Model, name: str, method: Method) -> int:
+    """Bytes that a method takes on a matrix, and those of the statistic of its inputs where these are rotated."""
+    shape = _matrix(model, name)
+    needed = method.workspace(shape)
+    if method.stat is not None and signs_nbytes(model, model.slot(name), 1):
+        needed += 4 * method.stat.nbytes_for(shape[1])
+    return needed
+
+
 def _statistics(work: Work) -> int:
     """Bytes of all statistics of a block."""
     model = work.model
@@ -103,6 +115,7 @@ def _ends(work: Work) -> int:
     for slot in model.end_slots:
         size = prod(model.shape(slot.name))
         extra = max((m.workspace(_matrix(model, slot.name)) for m in linear(work.chains[slot.name])), default=0)
+        extra = max(extra, rotation_workspace(model, slot, _matrix(model, slot.name)))
         unpacked = 0 if work.data is None else size * work.dtype.itemsize
         most = max(most, size * model.dtype.itemsize + unpacked + extra)
     return most

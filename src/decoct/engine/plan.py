@@ -10,14 +10,16 @@ from decoct.engine.budget import Budget, compute_dtype, format_size, resident_by
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
 from decoct.engine.folding import touched
+from decoct.engine.plan_basis import learning
 from decoct.engine.rehearse import Chains, Rehearsal, Steps, rehearse
+from decoct.engine.rotate import check_rotation, rotated, signs_nbytes, turned_slots
 from decoct.engine.rules import Resolved, Rule, assign, is_paired
-from decoct.methods import AnyMethod, BlockMethod, EdgeScaling
+from decoct.methods import AnyMethod, BlockMethod, EdgeScaling, Rotation
 from decoct.model import Model
 from decoct.weights import tensor_specs
 
-StepRules = tuple[Rule, ...] | BlockMethod | EdgeScaling
-"""A step as a recipe gives it: rules for single matrices, or a method for whole blocks or their edges."""
+StepRules = tuple[Rule, ...] | BlockMethod | EdgeScaling | Rotation
+"""A step as a recipe gives it: rules for single matrices, or a method for whole blocks, their edges, or the basis."""
 
 FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
 MARGIN = 1.1  # allocators keep some of what was freed
@@ -89,7 +91,7 @@ def make_plan(
     """Resolve one streamed pass and predict what it takes.
 
     Args:
-        model: what the recipe begins with.
+        model: what the recipe begins with, in the basis that earlier stages set.
         steps: in order.
         data: calibration.
         budget: limits.
@@ -100,13 +102,16 @@ def make_plan(
         ValueError: a rule that matches nothing, shapes or methods that do not fit together or cannot follow the
             earlier ones, or too little memory; each says what to do.
     """
+    check_rotation(model, steps, [_resolve(model, stage) for stage in earlier])
+    model = rotated(model, steps)
     resolved = _resolve(model, steps)
     rehearsal = rehearse(model, [*(_resolve(model, stage) for stage in earlier), resolved])
     chains = rehearsal.chains[-1]
     paired = any(is_paired(step) for step in resolved)
     scalings = tuple(step for step in resolved if isinstance(step, EdgeScaling))
     reading = any(method.stat is not None for methods in chains.values() for method in methods)
-    needs_data = paired or bool(scalings) or reading
+    learns = learning(model) if turned_slots(model, resolved) else None  # an earlier stage's are learned by then
+    needs_data = paired or bool(scalings) or reading or learns is not None
     if needs_data:
         check_length(data, model)
     if dtype is None:
@@ -115,28 +120,35 @@ def make_plan(
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
     working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
-    limit = budget.host_limit()
-    base = resident_bytes() + FIXED
-    in_memory = int(MARGIN * (base + activations + working)) <= limit
-    peak = int(MARGIN * (base + working + (activations if in_memory else 0)))
-    if peak > limit:
-        raise ValueError(_too_large(model, peak, limit, working))
+    working = max(working, learns.working_bytes(data, dtype) if learns is not None else 0)
+    in_memory, peak = _memory(model, budget, activations, working)
     return Plan(
         kind="blocks",
         steps=resolved,
-        groups=_groups(model, chains, scalings),
+        groups=_groups(model, resolved, chains),
         num_parameters=model.num_parameters,
         needs_data=needs_data,
         dtype=dtype,
         in_memory=in_memory,
         peak_bytes=peak,
-        limit_bytes=limit,
+        limit_bytes=budget.host_limit(),
         output_bytes=_output_bytes(model, rehearsal),
         reals=_reals(model, rehearsal),
         unpacked_bytes=_unpacked_bytes(model, rehearsal),
         scratch_bytes=2 * activations,
-        seconds=time_taken(work),
+        seconds=time_taken(work) + (learns.seconds(data, dtype) if learns is not None else 0.0),
+        checkpoint_bytes=2 * learns.checkpoint_bytes if learns is not None else 0,
     )
+
+
+def _memory(model: Model, budget: Budget, activations: int, working: int) -> tuple[bool, int]:
+    """Whether activations stay in memory, and the predicted peak; refuses what the budget does not allow."""
+    limit, base = budget.host_limit(), resident_bytes() + FIXED
+    in_memory = int(MARGIN * (base + activations + working)) <= limit
+    peak = int(MARGIN * (base + working + (activations if in_memory else 0)))
+    if peak > limit:
+        raise ValueError(_too_large(model, peak, limit, working))
+    return in_memory, peak
 
 
 def _resolve(model: Model, steps: tuple[StepRules, ...]) -> Steps:
@@ -145,11 +157,11 @@ def _resolve(model: Model, steps: tuple[StepRules, ...]) -> Steps:
 
 def _output_bytes(model: Model, rehearsal: Rehearsal) -> int:
     total = float(model.nbytes)
-    for name in model.slots():
+    for name, slot in model.slots().items():
         made = rehearsal.made(name)
         if made is not None and name not in model.described:
             out, cols = model.shape(name)
-            total += made.nbytes.of(out, cols) - out * cols * model.dtype.itemsize
+            total += made.nbytes.of(out, cols) - out * cols * model.dtype.itemsize - signs_nbytes(model, slot, cols)
     return max(round(total), 1)
 
 
@@ -174,12 +186,13 @@ def _unpacked_bytes(model: Model, rehearsal: Rehearsal) -> int:
     return round(total)
 
 
-def _groups(model: Model, chains: Chains, scalings: tuple[EdgeScaling, ...]) -> tuple[Group, ...]:
+def _groups(model: Model, steps: Steps, chains: Chains) -> tuple[Group, ...]:
+    scalings = tuple(step for step in steps if isinstance(step, EdgeScaling))
     counts: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
     sizes: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
-    rescaled = touched(model)
+    rescaled, turned = touched(model), turned_slots(model, steps)
     for name, slot in model.slots().items():
-        key = (slot.role, (*(scalings if slot.name in rescaled else ()), *chains[name]))
+        key = (slot.role, (*turned.get(name, ()), *(scalings if slot.name in rescaled else ()), *chains[name]))
         counts[key] += 1
         sizes[key] += prod(model.shape(name))
     return tuple(Group(role, counts[role, methods], sizes[role, methods], methods) for role, methods in counts)

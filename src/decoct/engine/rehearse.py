@@ -10,11 +10,13 @@ import torch
 from decoct.arch import Slot
 from decoct.engine.block import apply_method
 from decoct.engine.folding import check_foldable, touched
+from decoct.engine.rotate import online_roles, signs_nbytes
 from decoct.engine.rules import Assignment, Method, Resolved
-from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection
+from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, Rotation
 from decoct.model import Model
+from decoct.ops.grid import stored_scale_dtype
 from decoct.stats import PairedGram
-from decoct.weights import Dense, Weight, for_training, rebuild, tensor_specs, trainable
+from decoct.weights import Dense, Rotated, Weight, for_training, rebuild, tensor_specs, trainable
 
 Steps = tuple[Resolved, ...]
 """The steps of one stage."""
@@ -65,16 +67,15 @@ class Rehearsal:
 
     Attributes:
         chains: for each stage, each slot's methods; a block method is among those of the slots that it works on.
-        sizes: what a slot's chains over all stages make of an uncompressed matrix.
+        sizes: what a slot's chains over all stages make of an uncompressed matrix, by the slot's full name.
     """
 
     chains: tuple[Chains, ...]
-    sizes: dict[tuple[Chain, ...], Made]
+    sizes: dict[str, Made]
 
     def made(self, name: str) -> Made | None:
         """What all stages make of a slot; None if none of them touches it."""
-        course = tuple(chains[name] for chains in self.chains)
-        return self.sizes[course] if any(course) else None
+        return self.sizes[name] if any(chains[name] for chains in self.chains) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,30 @@ class _Verdict:
 _Verdicts = tuple[tuple[_Verdict, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a slot's methods begin with.
+
+    Attributes:
+        dtype: of the matrix.
+        held: what an earlier run made of it, without its values; None: it is uncompressed.
+        turned: whether its inputs are rotated while the model runs.
+    """
+
+    dtype: torch.dtype
+    held: Weight | None
+    turned: bool
+
+    def of_shape(self, shape: Shape, generator: torch.Generator) -> Weight:
+        """A random one."""
+        dense = Dense.of(torch.randn(*shape, generator=generator).to(self.dtype))
+        return (
+            Rotated.of(dense, None, torch.ones(shape[1], dtype=stored_scale_dtype(self.dtype)))
+            if self.turned
+            else dense
+        )
+
+
 class _MisfitError(ValueError):
     """A method does not fit a small matrix's shape."""
 
@@ -109,21 +134,20 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
     _check_rescalings(model, stages)
     for name, course in courses.items():
         _check_shapes(model, name, [_Verdict(method) for chain in course for method in linear(chain)])
-    tried: dict[tuple[tuple[Chain, ...], str], tuple[_Verdicts, Made]] = {}
+    tried: dict[tuple[tuple[Chain, ...], str, bool], tuple[_Verdicts, Made]] = {}
     found: dict[str, _Verdicts] = {}
-    sizes: dict[tuple[Chain, ...], Made] = {}
+    sizes: dict[str, Made] = {}
+    slots = model.slots()
     for name, course in courses.items():
-        held = held_weight(model, name)
-        key = (course, "" if held is None else _structure(held))
+        held, turned = held_weight(model, name), signs_nbytes(model, slots[name], 1) > 0
+        key = (course, "" if held is None else _structure(held), turned)
         if key not in tried:
-            tried[key] = _try(course, model.dtype, held, name)
-        found[name], size = tried[key]
+            tried[key] = _try(course, _Start(model.dtype, held, turned), name)
+        found[name], sizes[name] = tried[key]
         _check_shapes(model, name, [verdict for stage in found[name] for verdict in stage])
-        if size.quantizes_inputs:
+        if sizes[name].quantizes_inputs:
             _check_inputs(model, name)
-        kept = tuple(_kept(stage) for stage in found[name])
-        _check_order(model, name, kept)
-        sizes.setdefault(kept, size)
+        _check_order(model, name, tuple(_kept(stage) for stage in found[name]))
     _check_used(found, len(stages))
     chains = tuple({name: _kept(verdicts[n]) for name, verdicts in found.items()} for n in range(len(stages)))
     return Rehearsal(chains, sizes)
@@ -157,6 +181,9 @@ def _check_rescalings(model: Model, stages: Sequence[Steps]) -> None:
             check_foldable(model, step)
             for name in sorted(rescaled & compressed):
                 raise ValueError(f"{name}: only dense weights can be rescaled; put the rescaling step first")
+        elif isinstance(step, Rotation):
+            roles = online_roles(model, step)
+            compressed |= {name for name, slot in model.slots().items() if slot.role in roles}
         elif isinstance(step, Assignment):
             compressed |= step.methods.keys()
         else:
@@ -238,13 +265,13 @@ def _check_used(found: dict[str, _Verdicts], num_stages: int) -> None:
                 raise ValueError(Counter(reasons).most_common(1)[0][0])
 
 
-def _try(course: tuple[Chain, ...], dtype: torch.dtype, held: Weight | None, name: str) -> tuple[_Verdicts, Made]:
+def _try(course: tuple[Chain, ...], start: _Start, name: str) -> tuple[_Verdicts, Made]:
     """Run a slot's methods on matrices of three shapes, as small as their settings allow."""
     misfit: ValueError | None = None
     for unit in _WIDTHS:
         shapes = (unit, unit), (2 * unit, unit), (unit, 2 * unit)
         try:
-            done = [_try_once(course, shape, dtype, held, name) for shape in shapes]
+            done = [_try_once(course, shape, start, name) for shape in shapes]
         except _MisfitError as error:
             misfit = error
             continue
@@ -262,13 +289,11 @@ def _counts(made: Weight) -> list[int]:
     return [made.nbytes, reals, trained.nbytes - made.nbytes]
 
 
-def _try_once(
-    course: tuple[Chain, ...], shape: Shape, dtype: torch.dtype, held: Weight | None, name: str
-) -> tuple[_Verdicts, Weight]:
+def _try_once(course: tuple[Chain, ...], shape: Shape, start: _Start, name: str) -> tuple[_Verdicts, Weight]:
     """What each method does, and the weight that comes of it."""
     _check_fit([_Verdict(method) for chain in course for method in linear(chain)], shape)
     generator = torch.Generator().manual_seed(0)
-    first: Weight = Dense.of(torch.randn(*shape, generator=generator).to(dtype))
+    first, held = start.of_shape(shape, generator), start.held
     inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
     weight = first
     done: list[_Verdict] = []

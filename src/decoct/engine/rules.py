@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from decoct.arch import Slot
-from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, LinearMethod
+from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, LinearMethod, Rotation
 from decoct.model import Model
 from decoct.stats import PairedGram
 
@@ -42,7 +42,7 @@ class Assignment:
     left: tuple[str, ...] = ()
 
 
-Resolved = Assignment | BlockMethod | EdgeScaling
+Resolved = Assignment | BlockMethod | EdgeScaling | Rotation
 """A step, resolved against a model."""
 
 

@@ -13,6 +13,7 @@ from decoct.engine.disk import check_disk, most_on_disk
 from decoct.engine.plan import Plan, StepRules, make_plan
 from decoct.engine.plan_cache import plan_cache
 from decoct.engine.plan_tuning import plan_tuning
+from decoct.engine.rotate import rotated
 from decoct.methods import CacheMethod
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
@@ -150,6 +151,7 @@ def plan_stages(
             plans += (plan_cache(model, stage.method, data, budget, plans, dtype),)
         else:
             plans += (make_plan(model, stage.steps, data, budget, dtype, earlier),)
+            model = rotated(model, stage.steps)
             earlier += (stage.steps,)
         if plans[-1].needs_data:
             check_source(data)

@@ -21,7 +21,7 @@ from decoct.engine.record import Gathered, Wanted, record
 from decoct.engine.rules import Assignment, Resolved, is_paired
 from decoct.engine.runner import LaidOut, Runner
 from decoct.engine.write import shard_name, write_shard
-from decoct.methods import BlockMethod, EdgeScaling
+from decoct.methods import BlockMethod, EdgeScaling, Rotation
 from decoct.model import Model
 from decoct.weights import Weight
 
@@ -63,7 +63,7 @@ class Pass:
     """Everything one streamed pass needs.
 
     Attributes:
-        model: what to compress.
+        model: what to compress, in the basis that a rotation among the steps sets.
         steps: what each step does, in order.
         tokens: calibration tokens; None if no step needs data.
         dtype: what blocks run in.
@@ -110,7 +110,8 @@ class _Streamer:
     def __init__(self, todo: Pass) -> None:
         self._todo = todo
         self._model = todo.model
-        self._steps: tuple[Step, ...] = tuple(self._lifted(step) for step in todo.steps)
+        # A rotation has done its work: the model that the pass reads is in its basis.
+        self._steps: tuple[Step, ...] = tuple(self._lifted(s) for s in todo.steps if not isinstance(s, Rotation))
         self._runner: Runner | None = None if todo.tokens is None else Runner(todo.model, todo.dtype)
         # Two chains of hidden states: of the model as it becomes and, if a step compares with it, as it was.
         self._paired = any(is_paired(step) for step in todo.steps)
@@ -119,7 +120,7 @@ class _Streamer:
         self._ready: int | None = None  # the block whose inputs the states hold
         self._last_needed = self._last_block_with_data()
 
-    def _lifted(self, step: Resolved) -> Step:
+    def _lifted(self, step: Assignment | BlockMethod | EdgeScaling) -> Step:
         if isinstance(step, BlockMethod):
             return each_block(step)
         if isinstance(step, EdgeScaling):

@@ -3,18 +3,18 @@
 from decoct.methods.base import (
     BlockMethod,
     BlockWeights,
-    CacheMethod,
     EdgeScaling,
     LinearCorrection,
     LinearMethod,
     ModelMethod,
     Passage,
-    Place,
+    Rotation,
 )
 from decoct.methods.cache.fp8_cache import FP8Cache
 from decoct.methods.cache.kivi import KIVI
 from decoct.methods.cache.kvquant import KVQuant
 from decoct.methods.cache.rotated_int4 import RotatedInt4
+from decoct.methods.cache_policy import CacheMethod, Place
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.prune.wanda import Wanda
@@ -38,10 +38,14 @@ from decoct.methods.quantize.smoothquant import SmoothQuant
 from decoct.methods.quantize.spqr import SpQR
 from decoct.methods.quantize.squeezellm import SqueezeLLM
 from decoct.methods.quantize.ternary import Ternary
+from decoct.methods.rotate.quarot import QuaRot
+from decoct.methods.rotate.spinquant import SpinQuant
 
-AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | BlockMethod | ModelMethod | CacheMethod
+AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | Rotation | BlockMethod | ModelMethod | CacheMethod
 
 METHODS: dict[str, type[AnyMethod]] = {
+    "quarot": QuaRot,
+    "spinquant": SpinQuant,
     "rtn": RTN,
     "hqq": HQQ,
     "mxfp": MXFP,
@@ -83,4 +87,5 @@ __all__ = [
     "ModelMethod",
     "Passage",
     "Place",
+    "Rotation",
 ]

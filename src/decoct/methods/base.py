@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -10,8 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decoct.arch import Slot
+from decoct.ops.hadamard import random_signs
+from decoct.ops.rotation import Turn
 from decoct.stats import Stat
-from decoct.weights import Dense, LowRank, Masked, QuantizedInput, Shared, Sparse, Weight
+from decoct.weights import Dense, LowRank, Masked, QuantizedInput, Rotated, Shared, Sparse, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,130 +242,44 @@ class EdgeScaling(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelMethod:
-    """Works on the whole model: a stage of its own in a recipe. These are its settings; the engine runs the model."""
+class Rotation:
+    """Turns hidden states by orthogonal matrices, so that no channel is much larger than others; no output changes.
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a key-value cache lies, and what a policy may know about it.
+    A step of its own, before all others. The engine folds the rotations into the matrices on either side.
 
     Attributes:
-        block: number of the block whose attention it serves.
-        sliding_window: tokens that the attention looks back, its own included; None: all.
-        frequencies: of the rotary position embedding, radians a token, one for each pair of channels that is turned;
-            None: the model has none.
-        learned: what the policy learned from calibration for this block, by name.
+        residual: turn the residual stream: one rotation for the whole model.
+        values: turn each attention head's values: one rotation a block.
+        online: turn the inputs of these roles while the model runs, since nothing before them can take a rotation over;
+            True: what the MLP's last matrix reads.
+        seed: of the random signs.
     """
 
-    block: int = 0
-    sliding_window: int | None = None
-    frequencies: Float[Tensor, " pairs"] | None = None
-    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    residual: bool = True
+    values: bool = True
+    online: bool | tuple[str, ...] = True
+    seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not (self.residual or self.values or self.online):
+            raise ValueError("residual, values and online are all off: nothing would be rotated")
 
-Packed = dict[str, Tensor]
-"""What a policy stores of keys or values: tensors [batch, heads, n, ...], in the order of the tokens along axis 2."""
+    def first_of_residual(self, width: int, *, keeps_mean: bool) -> Turn:
+        """A random rotation of the residual stream: what is used, or where learning starts."""
+        return Turn.random(width, 3 * self.seed, keeps_mean=keeps_mean)
+
+    def first_of_values(self, head: int) -> Turn:
+        """A random rotation of a head's values."""
+        return Turn.random(head, 3 * self.seed + 1)
+
+    def signs(self, width: int) -> Float[Tensor, " width"]:
+        """By which inputs that are turned while the model runs are multiplied before their Hadamard transform."""
+        return random_signs(width, 3 * self.seed + 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheMethod(ABC):
-    """How keys and values are kept while a model runs: a stage of its own in a recipe, saved with the model.
-
-    Tokens leave the window of full precision `step` at a time, oldest first, so what is packed after n tokens depends
-    on n alone, not on how many were fed at once.
-
-    Attributes:
-        stat: the statistic of keys and values that it learns from while compressing, or None.
-    """
-
-    stat: ClassVar[type[Any] | None] = None
-
-    @property
-    @abstractmethod
-    def sinks(self) -> int:
-        """The first tokens, which always stay in full precision."""
-
-    @property
-    @abstractmethod
-    def window(self) -> int:
-        """The last tokens, at least so many of which are in full precision."""
-
-    @property
-    @abstractmethod
-    def step(self) -> int:
-        """Tokens that are packed together."""
-
-    @abstractmethod
-    def check(self, channels: int, place: Place) -> None:
-        """Raise ValueError, with the remedy, where heads of so many channels do not fit. Called while planning."""
-
-    @abstractmethod
-    def pack_keys(self, keys: Float[Tensor, "batch heads tokens channels"], place: Place, start: int) -> Packed:
-        """Keys as attention uses them, packed.
-
-        Args:
-            keys: a multiple of `step` tokens.
-            place: whose they are.
-            start: position of the first of them.
-        """
-
-    @abstractmethod
-    def unpack_keys(self, packed: Packed, place: Place, start: int) -> Float[Tensor, "batch heads tokens channels"]:
-        """Undo `pack_keys`, float32."""
-
-    @abstractmethod
-    def pack_values(self, values: Float[Tensor, "batch heads tokens channels"], place: Place) -> Packed:
-        """Values, packed."""
-
-    @abstractmethod
-    def unpack_values(self, packed: Packed, place: Place) -> Float[Tensor, "batch heads tokens channels"]:
-        """Undo `pack_values`, float32."""
-
-    def learn(self, keys: Any, values: Any, heads: int) -> dict[str, Tensor]:
-        """What to save for a block.
-
-        Args:
-            keys: an instance of `stat` over [tokens, heads · channels], of the keys that calibration made.
-            values: the same of the values.
-            heads: of keys and values.
-
-        Raises:
-            ValueError: numbers that are not finite.
-        """
-        raise NotImplementedError
-
-    def packed_after(self, num_tokens: int, place: Place) -> int:
-        """How many tokens are packed once a cache holds so many."""
-        sinks = 0 if place.sliding_window else self.sinks
-        return max(0, num_tokens - sinks - self.window) // self.step * self.step
-
-
-def check_levels(group_size: int, window: int, **bits: int) -> None:
-    """Refuse numbers that no keys and values can be packed with.
-
-    Raises:
-        ValueError: bits not in 2..8, groups that fill no whole bytes, or a negative window.
-    """
-    for name, number in bits.items():
-        if not 2 <= number <= 8:
-            raise ValueError(f"{name} must be 2 to 8, not {number}")
-    if group_size < 8 or group_size % 8:
-        raise ValueError(f"group_size must be a multiple of 8, not {group_size}: groups fill whole bytes")
-    if window < 0:
-        raise ValueError(f"window must not be negative, not {window}")
-
-
-def check_heads(group_size: int, channels: int) -> None:
-    """Refuse groups that do not divide a head.
-
-    Raises:
-        ValueError: says which do.
-    """
-    if channels % group_size:
-        fits = [size for size in (8, 16, 24, 32, 40, 48, 64, 128) if channels % size == 0]
-        hint = f"use one of {fits}" if fits else "no multiple of 8 does: use fp8_cache"
-        raise ValueError(f"group_size {group_size} does not divide heads of {channels} channels; {hint}")
+class ModelMethod:
+    """Works on the whole model: a stage of its own in a recipe. These are its settings; the engine runs the model."""
 
 
 DenseRule = Callable[[Float[Tensor, "out in"], Bool[Tensor, "out in"] | None, Any], Weight]
@@ -374,7 +290,8 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
 
     Args:
         weight: Dense; Sparse or Masked over Dense (the mask is kept); LowRank of such (each factor is quantized, the
-            left one with the statistic of what the right one puts out); QuantizedInput over any of these.
+            left one with the statistic of what the right one puts out); Rotated on its input side (what it holds is
+            quantized, with the statistic of rotated inputs); QuantizedInput over any of these.
         stat: the statistic of the inputs, or None.
         dense: (float32 matrix, mask of survivors or None, stat) -> Weight.
         name: the method's name, for the message.
@@ -394,6 +311,9 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
             new_right = quantize_structure(right, stat, dense, name)
             seen = None if stat is None else stat.through(new_right.unpack())
             return LowRank.of(quantize_structure(left, seen, dense, name), new_right)
+        case Rotated(inner=inner, left=None, right=right) if right is not None:
+            seen = None if stat is None else stat.scaled(right.float()).rotated()
+            return Rotated.of(quantize_structure(inner, seen, dense, name), None, right)
     raise refusal(name, weight)
 
 
@@ -401,6 +321,8 @@ def refusal(name: str, weight: Weight) -> ValueError:
     """One sentence on why `name` cannot follow whatever made `weight`."""
     if isinstance(weight, Shared):
         return ValueError(f"{name} cannot compress a weight that is shared with {weight.target}; compress that one")
+    if isinstance(weight, Rotated) and weight.left is None:
+        return ValueError(f"{name} cannot work on a matrix whose inputs are rotated; leave its role out of `online`")
     kinds = "(".join(node.kind for node in weight.walk())
     return ValueError(
         f"{name} cannot be applied to a {kinds} weight without losing its structure; put it earlier in the recipe"

@@ -4,6 +4,7 @@ A weight is `scale * code`, `code = clip(round(position))`. Rounding has no grad
 to follow its argument ("straight-through", arXiv 1308.3432), except where it is clipped.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,3 +38,19 @@ def rounding_gradients(
     code = rounded.clamp(low, high)
     of_position = (gradient * scale).mul_(code == rounded)
     return of_position, code.mul_(gradient).sum(-1, keepdim=True)
+
+
+def rounded_tokens(x: Float[Tensor, "*tokens n"], bits: int, clip: float) -> Float[Tensor, "*tokens n"]:
+    """Each token's entries rounded to signed integers of so many bits times one scale; gradients pass straight through.
+
+    Args:
+        x: any float dtype.
+        bits: 2 to 8; the codes are symmetric.
+        clip: fraction of the largest entry that the largest code stands for; beyond it, entries have no gradient.
+    """
+    largest = 2 ** (bits - 1) - 1
+    limit = x.detach().abs().amax(-1, keepdim=True).mul_(clip)
+    scale = (limit / largest).clamp(min=torch.finfo(x.dtype).tiny)
+    inside = torch.minimum(torch.maximum(x, -limit), limit)
+    lost: Tensor = (inside / scale).round() * scale - inside
+    return inside + lost.detach()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from decoct.arch.hf import Attention
 from decoct.methods import CacheMethod, Place
-from decoct.methods.base import Packed
+from decoct.methods.cache_policy import Packed
 from decoct.methods.policy import Policy
 
 KeyValues = tuple[Float[Tensor, "batch heads tokens channels"], Float[Tensor, "batch heads tokens channels"]]

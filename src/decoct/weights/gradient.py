@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decoct.ops.grid import Grid, dequantize
-from decoct.ops.hadamard import rotate
+from decoct.ops.hadamard import hadamard
 from decoct.weights.base import Weight
 from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
@@ -45,9 +45,10 @@ def for_training(weight: Weight) -> Weight:
 
     It takes more memory. Everything that `trainable` names of it is named the same, and means the same, in `weight`.
     """
-    if isinstance(weight, Rotated) and isinstance(weight.inner, Trellis):
-        # The trellis's own scale is left out: that of the rows says the same.
-        return Scaled(weight.shape, weight.dtype, weight.unscaled().to(weight.dtype), weight.left, weight.right)
+    match weight:
+        case Rotated(inner=Trellis(), left=left, right=right) if left is not None and right is not None:
+            # The trellis's own scale is left out: that of the rows says the same.
+            return Scaled(weight.shape, weight.dtype, weight.unscaled().to(weight.dtype), left, right)
     children = {name: for_training(child) for name, child in weight.children().items()}
     return weight.with_children(children) if children else weight
 
@@ -74,8 +75,8 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
             of_left = pull_back(left, g @ right.unpack(torch.float32).T)
             of_right = pull_back(right, left.unpack(torch.float32).T @ g)
             return {**_named("left", of_left), **_named("right", of_right)}
-        case Rotated(inner=inner, left=left, right=right):
-            return _of_rotated(inner, weight.unscaled(), left.float(), right.float(), g)
+        case Rotated():
+            return _of_rotated(weight, g)
         case Sum(terms=terms):
             found: dict[str, Tensor] = {}
             for number, term in enumerate(terms):
@@ -159,11 +160,19 @@ def _of_table(weight: Codebook, g: Float[Tensor, "out in"]) -> Float[Tensor, "ta
     return found.index_add_(0, index, g.reshape(-1, d)).reshape(tables, entries, d)
 
 
-def _of_rotated(inner: Weight, middle: Tensor, left: Tensor, right: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """With `middle` the rotated matrix before its rows and columns are scaled."""
-    steps = middle.mul_(g)
-    of_inner = pull_back(inner, rotate(g * left[:, None] * right))
-    return {**_named("inner", of_inner), "left": steps @ right, "right": left @ steps}
+def _of_rotated(weight: Rotated, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:
+    """A side's scales gather the gradient times the matrix without them; the inner weight the gradient, rotated."""
+    found: dict[str, Tensor] = {}
+    steps = weight.unscaled().mul_(g)
+    left = None if weight.left is None else weight.left.float()
+    right = None if weight.right is None else weight.right.float()
+    if left is not None:
+        found["left"] = steps.sum(1) if right is None else steps @ right
+        g = hadamard((g * left[:, None]).T.contiguous()).T.contiguous()
+    if right is not None:
+        found["right"] = steps.sum(0) if left is None else left @ steps
+        g = hadamard(g * right)
+    return {**_named("inner", pull_back(weight.inner, g)), **found}
 
 
 def _named(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:

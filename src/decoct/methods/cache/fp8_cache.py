@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.methods.base import CacheMethod, Packed, Place
+from decoct.methods.cache_policy import CacheMethod, Packed, Place
 from decoct.ops.minifloat import ELEMENTS, decode, encode
 from decoct.stats import AbsMax
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.methods.base import CacheMethod, Packed, Place, check_heads, check_levels
+from decoct.methods.cache_policy import CacheMethod, Packed, Place, check_heads, check_levels
 from decoct.ops.hadamard import hadamard
 from decoct.ops.min_max import pack_by_token, unpack_by_token
 

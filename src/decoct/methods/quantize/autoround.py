@@ -11,9 +11,10 @@ from typing_extensions import override
 
 from decoct.methods.base import BlockMethod, BlockWeights, Passage, quantize_structure
 from decoct.ops.grid import check_grid, fit_grid, quantize_packed, resolve_group_size, stored_scale_dtype
+from decoct.ops.hadamard import hadamard
 from decoct.ops.parallel import each_piece
 from decoct.ops.rounding import clipped_codes, rounding_gradients
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Shared, Sparse, Sum, Weight, pull_back
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Rotated, Shared, Sparse, Sum, Weight, pull_back
 
 _HALF = 0.5  # a weight may move to the neighbouring code, not beyond
 _NEAREST = 0.4  # codes that a weight lies from the code it starts with, at most: nearer to the edge, noise moves it
@@ -373,6 +374,9 @@ def _goals(
         case Masked(inner=inner):
             below = before.inner if isinstance(before, Masked) else before
             return _goals(inner, below, wanted * weight.survivors(), f"{path}inner.")
+        case Rotated(inner=inner, left=None, right=right) if right is not None:
+            below = before.inner if isinstance(before, Rotated) else before
+            return _goals(inner, below, hadamard(wanted / right.float()), f"{path}inner.")
         case Sum(terms=terms):
             values = [term.unpack(torch.float32) for term in terms]
             found: dict[str, Tensor] = {}

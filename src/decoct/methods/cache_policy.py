@@ -1,0 +1,131 @@
+"""What a key-value cache policy is: how keys and values are packed, and which tokens stay in full precision."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a key-value cache lies, and what a policy may know about it.
+
+    Attributes:
+        block: number of the block whose attention it serves.
+        sliding_window: tokens that the attention looks back, its own included; None: all.
+        frequencies: of the rotary position embedding, radians a token, one for each pair of channels that is turned;
+            None: the model has none.
+        learned: what the policy learned from calibration for this block, by name.
+    """
+
+    block: int = 0
+    sliding_window: int | None = None
+    frequencies: Float[Tensor, " pairs"] | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Packed = dict[str, Tensor]
+"""What a policy stores of keys or values: tensors [batch, heads, n, ...], in the order of the tokens along axis 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheMethod(ABC):
+    """How keys and values are kept while a model runs: a stage of its own in a recipe, saved with the model.
+
+    Tokens leave the window of full precision `step` at a time, oldest first, so what is packed after n tokens depends
+    on n alone, not on how many were fed at once.
+
+    Attributes:
+        stat: the statistic of keys and values that it learns from while compressing, or None.
+    """
+
+    stat: ClassVar[type[Any] | None] = None
+
+    @property
+    @abstractmethod
+    def sinks(self) -> int:
+        """The first tokens, which always stay in full precision."""
+
+    @property
+    @abstractmethod
+    def window(self) -> int:
+        """The last tokens, at least so many of which are in full precision."""
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """Tokens that are packed together."""
+
+    @abstractmethod
+    def check(self, channels: int, place: Place) -> None:
+        """Raise ValueError, with the remedy, where heads of so many channels do not fit. Called while planning."""
+
+    @abstractmethod
+    def pack_keys(self, keys: Float[Tensor, "batch heads tokens channels"], place: Place, start: int) -> Packed:
+        """Keys as attention uses them, packed.
+
+        Args:
+            keys: a multiple of `step` tokens.
+            place: whose they are.
+            start: position of the first of them.
+        """
+
+    @abstractmethod
+    def unpack_keys(self, packed: Packed, place: Place, start: int) -> Float[Tensor, "batch heads tokens channels"]:
+        """Undo `pack_keys`, float32."""
+
+    @abstractmethod
+    def pack_values(self, values: Float[Tensor, "batch heads tokens channels"], place: Place) -> Packed:
+        """Values, packed."""
+
+    @abstractmethod
+    def unpack_values(self, packed: Packed, place: Place) -> Float[Tensor, "batch heads tokens channels"]:
+        """Undo `pack_values`, float32."""
+
+    def learn(self, keys: Any, values: Any, heads: int) -> dict[str, Tensor]:
+        """What to save for a block.
+
+        Args:
+            keys: an instance of `stat` over [tokens, heads · channels], of the keys that calibration made.
+            values: the same of the values.
+            heads: of keys and values.
+
+        Raises:
+            ValueError: numbers that are not finite.
+        """
+        raise NotImplementedError
+
+    def packed_after(self, num_tokens: int, place: Place) -> int:
+        """How many tokens are packed once a cache holds so many."""
+        sinks = 0 if place.sliding_window else self.sinks
+        return max(0, num_tokens - sinks - self.window) // self.step * self.step
+
+
+def check_levels(group_size: int, window: int, **bits: int) -> None:
+    """Refuse numbers that no keys and values can be packed with.
+
+    Raises:
+        ValueError: bits not in 2..8, groups that fill no whole bytes, or a negative window.
+    """
+    for name, number in bits.items():
+        if not 2 <= number <= 8:
+            raise ValueError(f"{name} must be 2 to 8, not {number}")
+    if group_size < 8 or group_size % 8:
+        raise ValueError(f"group_size must be a multiple of 8, not {group_size}: groups fill whole bytes")
+    if window < 0:
+        raise ValueError(f"window must not be negative, not {window}")
+
+
+def check_heads(group_size: int, channels: int) -> None:
+    """Refuse groups that do not divide a head.
+
+    Raises:
+        ValueError: says which do.
+    """
+    if channels % group_size:
+        fits = [size for size in (8, 16, 24, 32, 40, 48, 64, 128) if channels % size == 0]
+        hint = f"use one of {fits}" if fits else "no multiple of 8 does: use fp8_cache"
+        raise ValueError(f"group_size {group_size} does not divide heads of {channels} channels; {hint}")

@@ -1,0 +1,1 @@
+"""Methods that turn hidden states, so that later ones lose less."""
