@@ -15,36 +15,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 _LARGEST_PALEY = 1024  # larger dense factors would cost more than they gain
-_BUTTERFLY = 6  # powers of two are transformed 2**6 at a time, by matrix products
+_BUTTERFLY = 7  # powers of two are transformed 2**7 at a time, by matrix products
 
 
-def hadamard(x: Float[Tensor, "*rows n"], *, inverse: bool = False) -> Float[Tensor, "*rows n"]:
-    """The orthonormal transform of the last axis: y = H·x/√n, or back again.
+def hadamard(x: Float[Tensor, "*shape"], *, inverse: bool = False, dim: int = -1) -> Float[Tensor, "*shape"]:
+    """The orthonormal transform along an axis: y = H·x/√n, or back again.
 
     Args:
         x: float32 or float64; any length.
         inverse: multiply by the transpose.
+        dim: the axis.
     """
-    n = x.shape[-1]
+    n, inner = x.shape[dim], math.prod(x.shape[dim:][1:])
     odd, order, power = transform_factors(n)
-    y = _sylvester(x, power) if power else x
+    y = _sylvester(x, power, inner) if power else x
     if order > 1:
         base = _orthonormal(order, x.dtype).to(x.device)
-        y = (base.T if inverse else base) @ y.reshape(*x.shape[:-1], order, 1 << power)
+        y = (base.T if inverse else base) @ y.reshape(-1, order, inner << power)
     elif odd > 1:
-        spectrum = torch.fft.fft(y.reshape(*x.shape[:-1], odd, 1 << power), dim=-2, norm="ortho")
+        spectrum = torch.fft.fft(y.reshape(-1, odd, inner << power), dim=-2, norm="ortho")
         y = spectrum.real - spectrum.imag  # its own inverse
     return y.reshape(x.shape)
 
 
 def rotate(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """H · matrix · Hᵀ, with the orthonormal transforms of both lengths: what `rotate_back` undoes."""
-    return hadamard(hadamard(matrix).T.contiguous()).T.contiguous()
+    return hadamard(hadamard(matrix), dim=0)
 
 
 def rotate_back(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """Hᵀ · matrix · H."""
-    return hadamard(hadamard(matrix, inverse=True).T.contiguous(), inverse=True).T.contiguous()
+    return hadamard(hadamard(matrix, inverse=True, dim=0), inverse=True)
 
 
 def transform_factors(n: int) -> tuple[int, int, int]:
@@ -92,16 +93,15 @@ def random_signs(n: int, seed: int) -> Float[Tensor, " n"]:
     return 1.0 - 2.0 * (mixed & 1).float()
 
 
-def _sylvester(x: Float[Tensor, "*rows n"], power: int) -> Float[Tensor, "*rows n"]:
-    """Transform the last 2**power entries' index, some of its bits at a time."""
-    shape = x.shape
+def _sylvester(x: Tensor, power: int, inner: int) -> Tensor:
+    """Transform 2**power entries that lie `inner` apart, some of their index's bits at a time."""
     done = 0
     while done < power:
         bits = min(_BUTTERFLY, power - done)
-        factor = _orthonormal(1 << bits, x.dtype).to(x.device)
-        x = x.reshape(-1, 1 << bits) @ factor if done == 0 else factor @ x.reshape(-1, 1 << bits, 1 << done)
+        factor, step = _orthonormal(1 << bits, x.dtype).to(x.device), inner << done
+        x = x.reshape(-1, 1 << bits) @ factor if step == 1 else factor @ x.reshape(-1, 1 << bits, step)
         done += bits
-    return x.reshape(shape)
+    return x
 
 
 @cache

@@ -73,13 +73,13 @@ def decode(digits: UInt8[Tensor, "*seqs length"], bits: int, state_bits: int) ->
     """The values that streams of digits stand for, float32. A stream is a ring: before its start lies its end."""
     lead = shortest(bits, state_bits)
     state = torch.cat([digits[..., -lead:], digits], -1).to(torch.int32)
-    known = bits  # how many bits of each state are there already
-    while known < state_bits:
-        step = known // bits
-        state[..., step:] |= state[..., :-step] << known
-        known *= 2
+    older = 0  # how many digits before the newest are in each state already
+    while older < lead:
+        step = min(older + 1, lead - older)
+        state = (state[..., :-step] << (step * bits)).bitwise_or_(state[..., step:])
+        older += step
     table = state_values(bits, state_bits).to(digits.device).float() / _FRACTION
-    return table[state[..., lead:] & ((1 << state_bits) - 1)]
+    return table.index_select(0, (state & ((1 << state_bits) - 1)).flatten()).view(digits.shape)
 
 
 def encode(x: Float[Tensor, "seqs length"], bits: int, state_bits: int) -> UInt8[Tensor, "seqs length"]:

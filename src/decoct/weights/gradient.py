@@ -168,7 +168,7 @@ def _of_rotated(weight: Rotated, g: Float[Tensor, "out in"]) -> dict[str, Tensor
     right = None if weight.right is None else weight.right.float()
     if left is not None:
         found["left"] = steps.sum(1) if right is None else steps @ right
-        g = hadamard((g * left[:, None]).T.contiguous()).T.contiguous()
+        g = hadamard(g * left[:, None], dim=0)
     if right is not None:
         found["right"] = steps.sum(0) if left is None else left @ steps
         g = hadamard(g * right)

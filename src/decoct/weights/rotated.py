@@ -49,7 +49,7 @@ class Rotated(Weight):
         """Hᵀ · inner · H, float32, with what sides there are."""
         matrix = self.inner.unpack(torch.float32)
         if self.left is not None:
-            matrix = hadamard(matrix.T.contiguous(), inverse=True).T.contiguous()
+            matrix = hadamard(matrix, inverse=True, dim=0)
         return matrix if self.right is None else hadamard(matrix, inverse=True)
 
     @override
