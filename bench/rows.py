@@ -37,7 +37,11 @@ def fill(rows: Rows, results: Path, about: str | None) -> None:
     parser.add_argument("--text", type=Path, default=os.environ.get("DECOCT_TEXT"))
     parser.add_argument("--work", type=Path, default=HERE.parent / ".bench")
     parser.add_argument("--rows", nargs="*", default=list(rows), help="only these")
+    parser.add_argument("--table", action="store_true", help="print what is measured so far as Markdown, and stop")
     args = parser.parse_args()
+    if args.table:
+        print(table([json.loads(line) for line in results.read_text().splitlines()]))
+        return
     if None in (args.model, args.calibration, args.text):
         parser.error("give --model, --calibration and --text (bench/README.md says where they come from)")
     unknown = [row for row in args.rows if row not in rows]
@@ -80,6 +84,18 @@ def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespa
         "evaluation": found["protocol"], **{key: found[key] for key in KEYS},
         "seconds": made["seconds"], "peak_bytes": made["peak_bytes"], "date": found["date"], "decoct": found["decoct"],
     }  # fmt: skip
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """Markdown, in the order of measuring."""
+    lines = ["| | perplexity | mean KL | KL 99 % | top-1 | bits per weight | seconds | peak memory |", "|---" * 8 + "|"]
+    for row in measured:
+        lines.append(
+            f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
+            f"| {100 * row['top1_agreement']:.1f} % | {row['bits_per_weight']:.2f} | {row['seconds']:.0f} "
+            f"| {row['peak_bytes'] / 2**20:.0f} MiB |"
+        )
+    return "\n".join(lines)
 
 
 def decoct(*arguments: object) -> dict[str, Any]:
