@@ -88,14 +88,14 @@ def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespa
 
 def table(measured: list[dict[str, Any]]) -> str:
     """Markdown, in the order of measuring."""
-    lines = ["| | perplexity | mean KL | KL 99 % | top-1 | bits per weight | seconds | peak memory |", "|---" * 8 + "|"]
-    for row in measured:
-        lines.append(
-            f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
-            f"| {100 * row['top1_agreement']:.1f} % | {row['bits_per_weight']:.2f} | {row['seconds']:.0f} "
-            f"| {row['peak_bytes'] / 2**20:.0f} MiB |"
-        )
-    return "\n".join(lines)
+    head = "| | perplexity | mean KL | KL 99 % | top-1 | bits per weight | seconds | peak memory |"
+    lines = [
+        f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
+        f"| {100 * row['top1_agreement']:.1f} % | {row['bits_per_weight']:.2f} | {row['seconds']:.0f} "
+        f"| {row['peak_bytes'] / 2**20:.0f} MiB |"
+        for row in measured
+    ]
+    return "\n".join([head, "|---" * 8 + "|", *lines])
 
 
 def decoct(*arguments: object) -> dict[str, Any]:
