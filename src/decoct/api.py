@@ -12,7 +12,7 @@ import torch
 
 from decoct.engine.compress import Job, Watch, compress_job, is_result_of
 from decoct.engine.stages import RecipePlan, plan_stages
-from decoct.engine.summary import Result, read_result
+from decoct.engine.summary import Result
 from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
 from decoct.exporters import check_format, export_model
@@ -218,12 +218,10 @@ def compress(
     if write_recipe is not None:
         with atomic_path(Path(write_recipe)) as partial:
             partial.write_text(recipe_text(parsed, about), encoding="utf-8")
-    missing = [form for form in parsed.export if not (folder / form / "config.json").exists()]
-    if missing and not fresh and is_result_of(folder, job):
-        result = read_result(folder)  # only its exports were cut off
-    else:
-        missing = list(parsed.export)
-        result = compress_job(job, watch or Watch())
+    missing = list(parsed.export)
+    if not fresh and is_result_of(folder, job):
+        missing = [form for form in missing if not (folder / form / "config.json").exists()]
+    result = compress_job(job, watch or Watch())
     for form in missing:
         shutil.rmtree(folder / form, ignore_errors=True)
         export_model(open_model(folder), form, folder / form)

@@ -148,8 +148,11 @@ def test_compress_and_resume_by_hand(base: Path, text: Path, tmp_path: Path) -> 
     assert found["errors"].keys() == {"embedding", "block 0", "block 1", "block 2"}
     assert {"nbytes", "bits_per_weight", "seconds", "peak_bytes", "starved"} <= found.keys()
     again = invoke(*command)
-    assert again.exit_code == 1
-    assert "already holds a finished model" in again.stderr
+    assert again.exit_code == 0
+    assert "holds the finished result of this command; add --fresh to do it again" in again.stderr
+    other = invoke(*command, "--set", "gptq.bits=3")
+    assert other.exit_code == 1
+    assert "already holds a finished model; choose another folder" in other.stderr
     fresh = invoke(*command, "--fresh")
     assert fresh.exit_code == 0
     assert f"wrote {tmp_path / 'out'}" in "".join(fresh.stdout.split("\n"))

@@ -163,8 +163,9 @@ def test_an_interrupted_export_is_made_up_for(base: Path, tmp_path: Path, monkey
     monkeypatch.setattr("decoct.api.export_model", export_model)
     out = compress(base, recipe, tmp_path / "out").folder
     assert open_model(out / "dense").described == {}
-    with pytest.raises(ValueError, match="already holds a finished model"):
-        compress(base, recipe, tmp_path / "out")
+    written = spy(monkeypatch)
+    assert compress(base, recipe, tmp_path / "out").folder == out
+    assert not written
 
 
 def test_a_half_removed_run_folder_is_no_unfinished_run(
@@ -175,9 +176,6 @@ def test_a_half_removed_run_folder_is_no_unfinished_run(
     (tmp_path / "out" / ".run").mkdir()
     (tmp_path / "out" / ".run" / "lock").touch()
     written = spy(monkeypatch)
-    try:
-        run(base, tmp_path / "out", GPTQ)
-    except ValueError as error:
-        assert "already holds a finished model" in str(error)  # noqa: PT017 - either answer is right
+    run(base, tmp_path / "out", GPTQ)
     assert not written
     assert {name: digest for name, digest in digests(tmp_path / "out").items() if ".run" not in name} == before

@@ -78,8 +78,9 @@ def compress_job(job: Job, watch: Watch) -> Result:
     """
     started = time.perf_counter()
     run, done = job.out / RUN_FOLDER, job.out / DONE_FOLDER
-    if done.exists() and not job.fresh and is_result_of(job.out, job):
-        shutil.rmtree(done)  # all that was left to do
+    if not job.fresh and is_result_of(job.out, job):
+        shutil.rmtree(done, ignore_errors=True)  # what a process that was stopped at the very end left behind
+        watch.message(f"{job.out} holds the finished result of this command; add --fresh to do it again")
         return read_result(job.out)
     check_output(job, run)
     plan = _plan(job)
