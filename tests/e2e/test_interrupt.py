@@ -26,7 +26,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(process: subprocess.Popen[str], path: Path, seconds: float = 120) -> None:
+def wait_for(process: subprocess.Popen[str], path: Path, seconds: float = 240) -> None:
     """Until a file is there or the process has ended."""
     end = time.monotonic() + seconds
     while not path.exists() and process.poll() is None:
@@ -39,7 +39,7 @@ def test_ctrl_c(stories: Path, story_text: Path, tmp_path: Path) -> None:
     process = start(arguments)
     wait_for(process, tmp_path / "out" / ".run" / "stage-0" / "journal.jsonl")
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 1, stderr
     assert stdout == ""
     last = stderr.strip().splitlines()[-1]
