@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Self
 
 import rich.console
+import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -92,8 +93,9 @@ class Console:
             self.line(f"keys and values: {name} ({stated})")
         for entry in found.lineage:
             self.line(
-                f"made by decoct {entry.get('decoct')} from {entry.get('source', {}).get('label')}: {entry['stage']}"
+                f"made by decoct {entry.get('decoct')} from {entry.get('source', {}).get('label')} with the stage"
             )
+            self.line(yaml.safe_dump([entry["stage"]], default_flow_style=None, sort_keys=False, width=110).rstrip())
         if not found.lineage:
             self.line(f"next: decoct plan {found.model} --preset w4")
 

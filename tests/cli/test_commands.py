@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
 import decoct
 from decoct.cli import app
 from decoct.evaluation import Measurement
-from decoct.recipe import presets
+from decoct.recipe import parse_recipe, presets
 from tests.engine.running import make_base
 
 W8 = ["--preset", "w8", "--set", "rtn.group_size=8"]
@@ -69,6 +70,8 @@ def test_inspect(base: Path, compressed: Path) -> None:
     assert shown.exit_code == 0
     for word in ("mlp.down", "32 x 48", "GroupInt 4 bit", "lm_head tied", "bits per weight", "made by decoct"):
         assert word in shown.stdout
+    stages = yaml.safe_load(shown.stdout[shown.stdout.index("- blocks:") :])
+    assert parse_recipe({"stages": stages}).stages, "what made it is shown as a recipe has it"
     assert "next: decoct plan" in invoke("inspect", base).stdout
 
 
