@@ -210,6 +210,7 @@ def compress(
     job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh)
     about = "Written by decoct."
     if parsed.search is not None:
+        plan_stages(job.model, job.stages, job.data, job.budget, folder)  # refuse before the search what it cannot mend
         target, found = find_bits(job, parsed.search, watch or Watch())
         on_found(found)
         parsed, fresh = with_rules(parsed, target.stage, target.step, target.rules(found.choice)), False
@@ -224,7 +225,13 @@ def compress(
     result = compress_job(job, watch or Watch())
     for form in missing:
         shutil.rmtree(folder / form, ignore_errors=True)
-        export_model(open_model(folder), form, folder / form)
+        try:
+            export_model(open_model(folder), form, folder / form)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} is finished, but not its export: {error}; leave `export` out of the recipe, and see "
+                f"`decoct export {folder} --to {form} --help`"
+            ) from error
     return result
 
 

@@ -1,38 +1,53 @@
 """What stands out in a run is reported by name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from decoct.console import Console
 from decoct.engine.summary import outlying_blocks
+from decoct.store import save_safetensors
 from tests.engine.running import make_base, run
 
 
-def by_block(*errors: float) -> dict[str, float]:
-    return {f"block {number}": error for number, error in enumerate(errors)}
+def parts(*errors: float, nbytes: int = 1000) -> list[dict[str, Any]]:
+    return [{"part": f"block {number}", "error": error, "nbytes": nbytes} for number, error in enumerate(errors)]
 
 
 def test_a_block_that_stands_out_is_named() -> None:
-    assert outlying_blocks(by_block(0.01, 0.01, 0.2, 0.01, 0.02)) == {"block 2": pytest.approx(20)}
-    assert outlying_blocks(by_block(0.06, 0.01, 0.01)) == {"block 0": pytest.approx(6)}
+    assert outlying_blocks(parts(0.01, 0.01, 0.2, 0.01, 0.02)) == {"block 2": pytest.approx(20)}
+    assert outlying_blocks(parts(0.06, 0.01, 0.01)) == {"block 0": pytest.approx(6)}
 
 
 def test_slow_growth_equal_errors_and_other_parts_are_not() -> None:
-    assert outlying_blocks(by_block(*(0.01 * 1.5**n for n in range(10)))) == {}
-    assert outlying_blocks(by_block(0.0, 0.0, 0.0)) == {}
-    assert outlying_blocks(by_block(0.5)) == {}
-    assert outlying_blocks({"embedding": 9.0, **by_block(0.01, 0.01), "lm_head": 9.0}) == {}
+    assert outlying_blocks(parts(*(0.01 * 1.5**n for n in range(10)))) == {}
+    assert outlying_blocks(parts(0.0, 0.01, 0.0)) == {}
+    assert outlying_blocks(parts(0.5)) == {}
+    ends = [{"part": name, "error": 9.0, "nbytes": 1000} for name in ("embedding", "lm_head")]
+    assert outlying_blocks([ends[0], *parts(0.01, 0.01), ends[1]]) == {}
 
 
-def test_among_lossless_blocks_any_error_stands_out() -> None:
-    assert outlying_blocks(by_block(0.0, 0.01, 0.0)) == {"block 1": float("inf")}
+def test_blocks_in_other_bits_are_not_compared() -> None:
+    mixed = parts(0.01, 0.01, 0.2, 0.01, 0.01)
+    mixed[2]["nbytes"] = 500
+    assert outlying_blocks(mixed) == {}
 
 
 def test_the_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rough = [{"match": "1.*", "rtn": {"bits": 2, "group_size": 8}}, {"match": "*", "rtn": {"bits": 8, "group_size": 8}}]
-    result = run(make_base(tmp_path), tmp_path / "out", {"linear": rough})
+    """One large weight in each matrix of a block spoils the grid of all others."""
+    base = make_base(tmp_path)
+    shard = next(base.glob("*.safetensors"))
+    tensors = load_file(shard)
+    for name, tensor in tensors.items():
+        if name.startswith("model.layers.1.") and tensor.ndim == 2:
+            tensor[0, 0] = 20 * tensor.std()
+    save_safetensors(shard, tensors)
+    result = run(base, tmp_path / "out", {"linear": {"rtn": {"bits": 6, "group_size": "tensor"}}})
     assert list(result.outlying) == ["block 1"]
+    assert torch.isfinite(torch.tensor(list(result.outlying.values()))).all()
     Console.for_stderr().result(result)
     shown = " ".join(capsys.readouterr().err.split())
     assert "warning: block 1 has an error of" in shown

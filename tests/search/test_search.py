@@ -281,3 +281,24 @@ def test_progress_is_told(base: Path, tmp_path: Path) -> None:
     assert parts[:2] == ["candidates, embedding", "candidates, block 0"]
     assert "gradients, block 2" in parts
     assert "generation 2" in parts
+
+
+def test_a_rotated_model_is_not_searched(base: Path, tmp_path: Path) -> None:
+    value = recipe(base)
+    value["stages"][0]["blocks"].insert(0, {"quarot": {}})
+    with pytest.raises(ValueError, match="leave the rotation out, or give bits by hand"):
+        decoct.compress(base, value, tmp_path / "out")
+
+
+def test_bits_of_inputs_are_not_what_is_searched(base: Path, tmp_path: Path) -> None:
+    value = recipe(base, generations=0)
+    value["stages"][0]["blocks"].append({"linear": {"inputs": {"bits": 8}}})
+    assert decoct.plan_search(base, value)[0].target.method.__name__ == "GPTQ"
+
+
+def test_what_a_later_stage_refuses_is_refused_before_the_search(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("decoct.api.find_bits", forbidden)
+    with pytest.raises(ValueError, match="group_size 64 does not divide heads"):
+        decoct.compress(base, recipe(base, stages=[{"cache": {"kivi": {"group_size": 64}}}]), tmp_path / "out")

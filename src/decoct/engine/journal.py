@@ -30,6 +30,7 @@ class Journal:
         Raises:
             ValueError: the folder holds an unfinished run with another identity.
         """
+        identity = _as_read_back(identity)
         self._path = folder / JOURNAL
         self._places = (folder, result)
         self.parts: dict[str, dict[str, Any]] = {}
@@ -89,7 +90,7 @@ def recorded_dtype(path: Path) -> torch.dtype | None:
 
 def begun_otherwise(folder: Path, identity: dict[str, Any], keys: Iterable[str]) -> bool:
     """Whether a stage's folder holds a run that differs in one of these keys and has not finished any part."""
-    lines = _whole_lines(folder / JOURNAL)
+    lines, identity = _whole_lines(folder / JOURNAL), _as_read_back(identity)
     before = lines[0].get("identity", {}) if len(lines) == 1 else identity
     return any(before.get(key) != identity.get(key) for key in keys)
 
@@ -111,6 +112,11 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _as_read_back(value: dict[str, Any]) -> dict[str, Any]:
+    """What JSON makes of it: tuples become lists."""
+    return dict(json.loads(json.dumps(value)))
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

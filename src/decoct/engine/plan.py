@@ -21,7 +21,7 @@ from decoct.weights import tensor_specs
 StepRules = tuple[Rule, ...] | BlockMethod | EdgeScaling | Rotation
 """A step as a recipe gives it: rules for single matrices, or a method for whole blocks, their edges, or the basis."""
 
-FIXED = 260 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
+FIXED = 300 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
 MARGIN = 1.1  # allocators keep some of what was freed
 
 

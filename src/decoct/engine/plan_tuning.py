@@ -9,7 +9,7 @@ from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.plan import FIXED, MARGIN, Group, Plan
 from decoct.engine.rehearse import held_weight
 from decoct.engine.tune import LOGITS_AT_ONCE, vectors
-from decoct.methods import LinearMethod
+from decoct.methods import EdgeScaling, LinearMethod, Rotation
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
 from decoct.weights import Shared
@@ -84,7 +84,8 @@ def plan_tuning(
 
 def _check(model: Model, earlier: tuple[Plan, ...]) -> None:
     """Refuse what cannot be tuned, or only against itself."""
-    compresses = any(group.methods for plan in earlier for group in plan.groups)
+    steps = (method for plan in earlier for group in plan.groups for method in group.methods)
+    compresses = any(not isinstance(method, EdgeScaling | Rotation) for method in steps)
     if model.described and not compresses:
         raise ValueError(
             f"{model.source.label} is compressed already, and e2e_qp would compare it with itself; put e2e_qp into the "

@@ -175,15 +175,17 @@ def _courses(model: Model, stages: Sequence[Steps]) -> dict[str, tuple[Chain, ..
 def _check_rescalings(model: Model, stages: Sequence[Steps]) -> None:
     """Refuse to rescale what is compressed by then, or a model in which nothing can be rescaled."""
     rescaled = {model.prefix(block) + name for block in range(model.num_blocks) for name in touched(model)}
-    compressed = set(model.described)
+    compressed, turned = set(model.described), set[str]()
     for step in (step for steps in stages for step in steps):
         if isinstance(step, EdgeScaling):
             check_foldable(model, step)
+            for name in sorted(rescaled & turned):
+                raise ValueError(f"{name} is rotated while the model runs and cannot be rescaled; set online: false")
             for name in sorted(rescaled & compressed):
                 raise ValueError(f"{name}: only dense weights can be rescaled; put the rescaling step first")
         elif isinstance(step, Rotation):
             roles = online_roles(model, step)
-            compressed |= {name for name, slot in model.slots().items() if slot.role in roles}
+            turned |= {name for name, slot in model.slots().items() if slot.role in roles}
         elif isinstance(step, Assignment):
             compressed |= step.methods.keys()
         else:

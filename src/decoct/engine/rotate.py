@@ -201,7 +201,7 @@ def rotated(model: Model, steps: Iterable[object], basis: Basis | None = None) -
     if method is None:
         return model
     found = basis or Basis.first(model, method)
-    given: tuple[Any, ...] = (model.source, model.family, model.described, model.lineage)
+    given: tuple[Any, ...] = (model.source, model.family, model.described, model.lineage, model.cache)
     return RotatedModel(*given, base=model, method=method, basis=found)
 
 
@@ -233,6 +233,11 @@ def check_rotation(model: Model, steps: Sequence[object], earlier: Sequence[Sequ
     check_rotatable(model, found[0], compressed)
 
 
+def _off(method: Rotation, key: str) -> str:
+    """How to do without a part of it."""
+    return f"set {key}: false (--set {type(method).__name__.lower()}.{key}=false)"
+
+
 def check_rotatable(model: Model, method: Rotation, compressed: set[str]) -> None:
     """Refuse a rotation that would not leave the model's predictions as they are.
 
@@ -249,14 +254,14 @@ def check_rotatable(model: Model, method: Rotation, compressed: set[str]) -> Non
         try:
             family.stream(model.config)
         except ValueError as error:
-            message = f"the residual stream of {family.name} cannot be rotated: {error}; set residual: false"
+            message = f"the residual stream of {family.name} cannot be rotated: {error}; {_off(method, 'residual')}"
             raise ValueError(message) from error
     if method.values:
         slot = _values_slot(model)
         if slot is None:
-            raise ValueError(f"{family.name} has no matrix for values alone to rotate; set values: false")
+            raise ValueError(f"{family.name} has no matrix for values alone to rotate; {_off(method, 'values')}")
         if model.shape(model.prefix(0) + slot.name)[0] % family.head_size(model.config):
-            raise ValueError(f"{family.name}'s values are not whole heads; set values: false")
+            raise ValueError(f"{family.name}'s values are not whole heads; {_off(method, 'values')}")
     roles = online_roles(model, method)
     for name, slot in model.slots().items():
         if name in compressed and (method.residual or slot.role in ("attn.v", "attn.o", *roles)):

@@ -14,6 +14,7 @@ from decoct.store import RUN_SUMMARY, read_json, write_json
 
 _NEIGHBOURS = 2  # blocks on either side that a block's error is compared with
 _STANDS_OUT = 5.0  # times their median
+_ALIKE = 0.05  # relative difference in bytes between blocks that are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +91,31 @@ def read_result(folder: Path) -> Result:
         seconds=summary["seconds"],
         peak_bytes=summary["peak_bytes"],
         errors=errors,
-        outlying=outlying_blocks(errors),
+        outlying=outlying_blocks(last),
         losses=tuple(step["loss"] for step in tuned[-1]) if tuned else (),
         starved=tuple(dict.fromkeys(starved)),
     )
 
 
-def outlying_blocks(errors: Mapping[str, float]) -> dict[str, float]:
-    """Blocks with an error above 5 times the median of the two blocks before and the two after; how many times it is.
+def outlying_blocks(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Blocks with an error above 5 times their neighbours', and how many times it is.
+
+    A block is compared with the median of the two nearest before and the two nearest after that take about as many
+    bytes: others were compressed more or less on purpose.
 
     Args:
-        errors: by part, in order; parts that are not blocks do not count.
+        parts: in order, as decoct-run.json lists them; those that are not blocks or lost nothing do not count.
     """
-    blocks = [(part, error) for part, error in errors.items() if part.startswith("block ")]
+    blocks = [part for part in parts if part["part"].startswith("block ") and part["error"]]
     found = {}
-    for number, (part, error) in enumerate(blocks):
-        near = [*blocks[max(0, number - _NEIGHBOURS) : number], *blocks[number + 1 : number + 1 + _NEIGHBOURS]]
-        usual = median(each for _, each in near) if near else error
-        if error > _STANDS_OUT * usual:
-            found[part] = error / usual if usual else float("inf")
+    for number, block in enumerate(blocks):
+        alike = [n for n, each in enumerate(blocks) if abs(each["nbytes"] / block["nbytes"] - 1) < _ALIKE]
+        place = alike.index(number)
+        near = alike[max(0, place - _NEIGHBOURS) : place] + alike[place + 1 : place + 1 + _NEIGHBOURS]
+        if near:
+            times = block["error"] / median(blocks[n]["error"] for n in near)
+            if times > _STANDS_OUT:
+                found[str(block["part"])] = times
     return found
 
 

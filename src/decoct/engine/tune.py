@@ -17,7 +17,7 @@ from decoct.engine.write import contents, shard_name, write_shard
 from decoct.methods.quantize.e2e_qp import E2EQP, RelativeAdam, divergence
 from decoct.model import PART, Model
 from decoct.store import open_safetensors, save_safetensors
-from decoct.weights import Weight, for_training, pull_back, trainable
+from decoct.weights import Dense, Rotated, Weight, for_training, pull_back, trainable
 
 CHECKPOINT = "tuning.safetensors"
 """The unfinished tuning's state in a stage's folder."""
@@ -89,7 +89,7 @@ class Tuner:
         first = {
             f"{name}{PART}{part}": tensor
             for name, weight in self._weights.items()
-            if name in model.described
+            if name in model.described and not _is_only_rotated(weight)
             for part, tensor in trainable(weight).items()
         }
         if todo.method.norms:
@@ -286,6 +286,11 @@ def vectors(model: Model) -> list[str]:
     """Names of a model's norms and biases, in and outside the blocks."""
     everywhere = (*range(model.num_blocks), None)
     return [name for block in everywhere for name in model.others(block) if len(model.shape(name)) == 1]
+
+
+def _is_only_rotated(weight: Weight) -> bool:
+    """Whether a matrix was left uncompressed, and is merely read through a rotation."""
+    return isinstance(weight, Rotated) and isinstance(weight.inner, Dense)
 
 
 def _head(model: Model) -> str:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from decoct.exporters.folder import write_folder
 from decoct.model import Model
+from decoct.weights import QuantizedInput, described_kinds
 
 
 def export_dense(model: Model, out: Path, *, fold: bool = False) -> None:
@@ -20,14 +21,15 @@ def export_dense(model: Model, out: Path, *, fold: bool = False) -> None:
         ValueError: the folder holds something already, or a weight rounds its inputs.
     """
     slots = model.slots()
+    kinds = {name: described_kinds(description) for name, description in model.described.items()}
+    rounding = [name for name, found in kinds.items() if QuantizedInput.kind in found]
+    if rounding and not fold:
+        raise ValueError(
+            f"a dense checkpoint cannot say that the inputs of {rounding[0]} are rounded; add --fold to leave that out"
+        )
 
     def encode(name: str) -> dict[str, Tensor]:
-        weight = model.weight(name)
-        if weight.quantizes_inputs and not fold:
-            raise ValueError(
-                f"a dense checkpoint cannot say that the inputs of {name} are rounded; add --fold to leave that out"
-            )
-        matrix = weight.unpack(model.dtype)
+        matrix = model.weight(name).unpack(model.dtype)
         return {name: matrix.T if slots[name].transposed else matrix}
 
     write_folder(model, out, encode, None)

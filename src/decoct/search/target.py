@@ -8,7 +8,7 @@ from math import prod
 from decoct.engine.rehearse import rehearse
 from decoct.engine.rules import Assignment, Rule, assign
 from decoct.engine.stages import BlocksStage, Stage
-from decoct.methods import LinearMethod
+from decoct.methods import LinearMethod, Rotation
 from decoct.model import Model
 from decoct.search.settings import WIDTHS, Search
 
@@ -132,12 +132,17 @@ def find_target(model: Model, stages: tuple[Stage, ...], search: Search) -> Targ
         raise ValueError("a search needs a recipe with one streamed stage; put the steps of both into one blocks list")
     stage = stages[streamed[0]]
     assert isinstance(stage, BlocksStage)
+    if any(isinstance(step, Rotation) for step in stage.steps):
+        raise ValueError(
+            "a search compares matrices as the model has them, not rotated ones; leave the rotation out, or give bits "
+            "by hand"
+        )
     rules = {number: step for number, step in enumerate(stage.steps) if isinstance(step, tuple)}
     assigned = {number: assign(model, step) for number, step in rules.items()}
     met: Counter[tuple[int, type[LinearMethod]]] = Counter()
     for number, each in assigned.items():
         for name, method in each.methods.items():
-            if isinstance(method, LinearMethod) and _has_bits(method):
+            if isinstance(method, LinearMethod) and _has_bits(method) and not method.quantizes_inputs:
                 met[number, type(method)] += prod(model.shape(name))
     if not met:
         raise ValueError("no method of this recipe has bits to choose; take one with gptq, or a preset such as w4")

@@ -5,7 +5,15 @@ from decoct.weights.binary import Binary, Plane, scale_index
 from decoct.weights.codebook import Codebook
 from decoct.weights.columns import Columns
 from decoct.weights.dense import Dense
-from decoct.weights.describe import WEIGHTS, check_version, describe, described_dtype, rebuild, tensor_specs
+from decoct.weights.describe import (
+    WEIGHTS,
+    check_version,
+    describe,
+    described_dtype,
+    described_kinds,
+    rebuild,
+    tensor_specs,
+)
 from decoct.weights.float_block import FloatBlock
 from decoct.weights.gradient import for_training, pull_back, trainable
 from decoct.weights.group_int import GroupInt
@@ -46,6 +54,7 @@ __all__ = [
     "check_version",
     "describe",
     "described_dtype",
+    "described_kinds",
     "for_training",
     "pull_back",
     "ready",

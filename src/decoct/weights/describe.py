@@ -90,6 +90,16 @@ def tensor_specs(description: dict[str, Any]) -> dict[str, tuple[torch.dtype, li
     return found
 
 
+def described_kinds(description: dict[str, Any]) -> set[str]:
+    """The kinds of a described weight and of all nested ones."""
+    found = {str(description["kind"])}
+    for value in description.values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict) and "kind" in item:
+                found |= described_kinds(item)
+    return found
+
+
 def described_dtype(description: dict[str, Any]) -> torch.dtype:
     """The dtype that a described weight unpacks to."""
     return _dtype(description["dtype"]["dtype"])

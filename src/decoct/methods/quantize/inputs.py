@@ -10,7 +10,7 @@ from decoct.methods.base import LinearMethod, refusal
 from decoct.ops.float_grid import FORMATS
 from decoct.ops.input_grid import INPUT_FORMATS, InputGrid, check_input_grid, fixed_scale, input_group
 from decoct.stats import AbsMax
-from decoct.weights import LowRank, QuantizedInput, Rotated, Shared, Weight
+from decoct.weights import LowRank, QuantizedInput, Rotated, Shared, Sum, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,8 @@ class Inputs(LinearMethod):
 
     def _inside(self, weight: Weight, stat: AbsMax | None) -> Weight:
         match weight:
+            case Sum() if any(isinstance(node, Rotated) for node in weight.walk()):
+                raise ValueError("its terms read different inputs, rotated and not; put inputs before the correction")
             case Rotated() | LowRank():
                 if self.grid.needs_scale:
                     raise ValueError(
