@@ -22,6 +22,7 @@ _SEAM = 5  # states on either side of a sequence's ends that are looked at to ch
 _MULTIPLE = 8  # of which sequences are long: whole bytes
 _CACHE = 1 << 17  # distances of one batch: they stay in the processor's cache
 _SIDE_BY_SIDE = 64  # sequences in a batch at least: fewer are short rows
+_ROW = 16  # sequences side by side come in multiples of this: whole vectors
 _WORTH_A_THREAD = 64  # sequences that a thread of their own is worth its while for
 _PIECE = 1 << 19  # what `each_piece` takes for a piece of its own
 
@@ -105,8 +106,9 @@ def encode(x: Float[Tensor, "seqs length"], bits: int, state_bits: int) -> UInt8
 
     def work(part: slice) -> None:
         for number in range(batches)[part]:
-            rows = slice(edges[number], edges[number + 1])
-            digits[rows] = _ring(steps[rows], bits, state_bits)
+            batch = steps[edges[number] : edges[number + 1]]
+            whole = torch.nn.functional.pad(batch, (0, 0, 0, -len(batch) % _ROW))
+            digits[edges[number] : edges[number + 1]] = _ring(whole, bits, state_bits)[: len(batch)]
 
     each_piece(work, batches, _PIECE)
     return digits
