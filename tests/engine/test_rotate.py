@@ -213,7 +213,7 @@ def test_a_seed_changes_the_rotation(tmp_path: Path) -> None:
         ("llama", [GPTQ, QUAROT], "first of its blocks list"),
         ("llama", [QUAROT, QUAROT], "first of its blocks list"),
         ("llama", [QUAROT, WANDA], "down_proj.*cannot work on a matrix whose inputs are rotated.*online"),
-        ("llama", [QUAROT, {"smoothquant": {}}], "down_proj.*only dense weights can be rescaled"),
+        ("llama", [QUAROT, {"smoothquant": {}}], "down_proj.*rotated while the model runs.*set online: false"),
         ("llama", [{"quarot": {"online": ["mlp.gone"]}}], "no role 'mlp.gone'; its roles: attn.k"),
         ("llama", [{"quarot": {"residual": False, "values": False, "online": False}}], "all off"),
     ],
