@@ -44,54 +44,72 @@ def cache(**policy: Any) -> Stages:
     return [{"cache": policy}]
 
 
-TABLE = [{"linear": {"rtn": {"bits": 8, "group_size": "channel"}}}]
-GPTQ4 = [{"linear": {"gptq": grid(4)}}]
+RTN8 = [{"linear": {"rtn": {"bits": 8, "group_size": "channel"}}}]
+RTN4, GPTQ4 = [{"linear": {"rtn": grid(4)}}], [{"linear": {"gptq": grid(4)}}]
 CLIPPED = {"bits": 4, "group_size": "token", "clip_ratio": 0.9}
 ROWS: Rows = {
     "qtip 4 bit": ("standard", qtip(4)),
     "qtip 3 bit": ("standard", qtip(3)),
-    "qtip 2 bit": ("quick", qtip(2)),
-    "gptq 2 bit, zero points": ("quick", linear({"gptq": {**grid(2), "symmetric": False}})),
-    "w8a8": ("quick", inputs(TABLE, bits=8)),
-    "smoothquant w8a8": ("quick", inputs([{"smoothquant": {"alpha": 0.5}}, *TABLE], bits=8)),
-    "kivi 8 bit, window 0": ("quick", cache(kivi={"bits": 8, "window": 0})),
-    "kivi 4 bit, window 0": ("quick", cache(kivi={"bits": 4, "window": 0})),
-    "kivi 2 bit, window 0": ("quick", cache(kivi={"bits": 2, "window": 0})),
-    "kivi 2 bit": ("quick", cache(kivi={"bits": 2})),
-    "kvquant 4 bit, window 0": ("quick", cache(kvquant={"bits": 4, "window": 0})),
-    "kvquant 2 bit, window 0": ("quick", cache(kvquant={"bits": 2, "window": 0})),
-    "rotated_int4, window 0": ("quick", cache(rotated_int4={"bits": 4, "window": 0})),
+    "qtip 2 bit": ("standard", qtip(2)),
+    # Inputs rounded as well. Token by token, symmetric, where nothing else is said.
+    "w8a8": ("quick", inputs(RTN8, bits=8)),
+    "smoothquant w8a8": ("quick", inputs([{"smoothquant": {"alpha": 0.5}}, *RTN8], bits=8)),
+    "llm_int8": ("quick", linear({"llm_int8": {}})),
+    "fp8": ("quick", inputs([{"linear": {"mxfp": {"format": "fp8"}}}], format="fp8")),
+    "mxfp8": ("quick", inputs([{"linear": {"mxfp": {"format": "mxfp8"}}}], format="mxfp8")),
+    "mxfp4": ("quick", inputs([{"linear": {"mxfp": {"format": "mxfp4"}}}], format="mxfp4")),
+    "nvfp4": ("quick", inputs([{"linear": {"mxfp": {"format": "nvfp4"}}}], format="nvfp4")),
+    "zeroquant w4a8": ("quick", inputs(RTN4, bits=8)),
+    "gptq w4a8": ("quick", inputs(GPTQ4, bits=8)),
+    "rtn w4a4": ("quick", inputs(RTN4, **CLIPPED)),
     "gptq w4a4": ("quick", inputs(GPTQ4, **CLIPPED)),
+    "quarot, rtn w4a4": ("quick", inputs([{"quarot": {}}, *RTN4], **CLIPPED)),
     "quarot, gptq w4a4": ("quick", inputs([{"quarot": {}}, *GPTQ4], **CLIPPED)),
     "quarot, gptq w4a4kv4": (
         "quick", [*inputs([{"quarot": {}}, *GPTQ4], **CLIPPED), *cache(rotated_int4={"bits": 4})]
     ),
-    "gptq w4a8": ("quick", inputs(GPTQ4, bits=8)),
-    "fp8": ("quick", inputs([{"linear": {"mxfp": {"format": "fp8"}}}], format="fp8")),
-    "mxfp4": ("quick", inputs([{"linear": {"mxfp": {"format": "mxfp4"}}}], format="mxfp4")),
-    "nvfp4": ("quick", inputs([{"linear": {"mxfp": {"format": "nvfp4"}}}], format="nvfp4")),
-    "llm_int8": ("quick", linear({"llm_int8": {}})),
+    # The cache alone; with a window of 0 no key or value is spared but those that do not fill a group.
+    **{f"kivi {b} bit, window 0": ("quick", cache(kivi={"bits": b, "window": 0})) for b in (8, 4, 2)},
+    "kivi 2 bit": ("quick", cache(kivi={"bits": 2})),
+    **{f"kvquant {b} bit, window 0": ("quick", cache(kvquant={"bits": b, "window": 0})) for b in (4, 2)},
+    **{f"rotated_int4 {b} bit, window 0": ("quick", cache(rotated_int4={"bits": b, "window": 0})) for b in (8, 4, 2)},
+    "fp8_cache": ("quick", cache(fp8_cache={})),
 }  # fmt: skip
-for b in (4, 3, 2):
-    ROWS = {
-        **ROWS,
+for b in (8, 4, 3, 2):
+    ROWS |= {
         f"rtn {b} bit": ("quick", linear({"rtn": grid(b)})),
         f"hqq {b} bit": ("quick", linear({"hqq": {"bits": b, "group_size": 64}})),
+        f"gptq {b} bit": ("quick", linear({"gptq": grid(b)})),
+    }
+for b in (4, 3, 2):
+    ROWS |= {
+        f"gptaq {b} bit": ("quick", linear({"gptaq": grid(b)})),
+        f"gptq, guided {b} bit": ("quick", linear({"gptq": {**grid(b), "guided": 4}})),
         f"awq {b} bit": ("quick", awq(b)),
         f"awq, then gptq {b} bit": ("quick", steps({"awq": grid(b)}, {"linear": {"gptq": grid(b)}})),
-        f"gptq {b} bit": ("quick", linear({"gptq": grid(b)})),
-        f"gptaq {b} bit": ("quick", linear({"gptaq": grid(b)})),
         f"squeezellm {b} bit": ("quick", linear({"squeezellm": {"bits": b}})),
+        f"owq {b} bit": ("quick", linear({"owq": grid(b)})),
+        f"autoround {b} bit": ("quick", steps({"autoround": grid(b)})),
         f"gptq, then autoround {b} bit": ("quick", steps({"linear": {"gptq": grid(b)}}, {"autoround": {}})),
+        f"gptq, then block_ap {b} bit": ("quick", steps({"linear": {"gptq": grid(b)}}, {"block_ap": {}})),
         f"gptq, then e2e_qp {b} bit": ("quick", then_tuned(linear({"gptq": grid(b)}))),
     }
-ROWS = {
-    **ROWS,
+ROWS |= {
+    "spqr 3 bit": ("quick", linear({"spqr": {"bits": 3}})),
+    "flexround 3 bit": ("quick", steps({"flexround": grid(3)})),
+    "lrq 3 bit": ("quick", steps({"lrq": grid(3)})),
+    "omniquant 3 bit": ("quick", steps({"omniquant_let": grid(3)}, {"omniquant": grid(3)})),
+    "gptq 2 bit, zero points": ("quick", linear({"gptq": {**grid(2), "symmetric": False}})),
+    "gptq, then block_ap 2 bit, zero points": (
+        "quick", steps({"linear": {"gptq": {**grid(2), "symmetric": False}}}, {"block_ap": {}})
+    ),
+    "spinquant, gptq w4a4": ("quick", inputs([{"spinquant": {}}, *GPTQ4], **CLIPPED)),
     "qtip 2 bit, then e2e_qp": ("quick", then_tuned(qtip(2))),
     "billm": ("quick", linear({"billm": {}})),
+    "pb_llm": ("quick", linear({"pb_llm": {}})),
     "ternary": ("quick", linear({"ternary": {"group_size": 64}})),
     "onebit": ("quick", linear({"onebit": {}})),
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     fill(ROWS, HERE / "results" / "quantization.jsonl", __doc__)

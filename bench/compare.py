@@ -1,0 +1,158 @@
+"""Other tools on the testbed, on the same tokens: quality beside ours, and seconds in turn (A B A B).
+
+usage: compare.py quality --tool NAME=VENV/bin/python ... [--rows NAME ...]    fills results/peers.jsonl, resumable
+       compare.py speed   --tool NAME=VENV/bin/python ... [--rows NAME ...]    fills results/speed.jsonl, resumable
+Both need --model TESTBED --calibration c4.utf8 --text wiki.test.raw; every tool runs in an environment of its own.
+Seconds are of the compression alone: imports and model loading are left out on both sides; peak memory is the whole process's.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from quantization import awq, grid
+from rows import HERE, KEYS, PROTOCOLS, Stages, decoct, linear, steps
+
+TOOLS = {
+    "llm-compressor": "peer_llmcompressor.py", "auto-round": "peer_autoround.py", "hqq": "peer_hqq.py",
+    "gptqmodel": "peer_gptqmodel.py",
+}  # fmt: skip
+BITS_BESIDE = {"hqq": 32 / 64}  # scale and zero point in 16 bits each, per group of 64; the others have a scale alone
+# Tool, method, bits; our recipe with the same method.
+ROWS: dict[str, tuple[str, str, int, Stages]] = {}
+for b in (4, 3, 2):
+    ROWS |= {
+        f"auto-round {b} bit": ("auto-round", "autoround", b, steps({"autoround": grid(b)})),
+        f"llm-compressor awq {b} bit": ("llm-compressor", "awq", b, awq(b)),
+        f"llm-compressor gptq {b} bit": ("llm-compressor", "gptq", b, linear({"gptq": grid(b)})),
+        f"hqq {b} bit": ("hqq", "hqq", b, linear({"hqq": {"bits": b, "group_size": 64}})),
+        f"gptqmodel gptq {b} bit": ("gptqmodel", "gptq", b, linear({"gptq": grid(b)})),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("quality", "speed", "table"))
+    parser.add_argument("--tool", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--work", type=Path, default=HERE.parent / ".bench")
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="standard")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    if args.what == "table":
+        print(side_by_side(lines(HERE / "results" / "peers.jsonl")))
+        return
+    args.python = dict(each.split("=", 1) for each in args.tool)
+    results = HERE / "results" / ("peers.jsonl" if args.what == "quality" else "speed.jsonl")
+    done = {(each.get("row"), each.get("protocol")) for each in lines(results)}
+    for row in args.rows:
+        if ROWS[row][0] in args.python and (row, args.protocol) not in done:
+            found = quality(row, args) if args.what == "quality" else speed(row, args)
+            record = {
+                "row": row,
+                "protocol": args.protocol,
+                **found,
+                "date": datetime.now(UTC).isoformat("T", "seconds"),
+            }
+            with results.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+            print(json.dumps(record), flush=True)
+
+
+def lines(results: Path) -> Iterator[dict[str, Any]]:
+    """What is measured so far."""
+    if results.exists():
+        yield from (json.loads(line) for line in results.read_text().splitlines())
+
+
+def quality(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Ours, then the tool's, both evaluated with decoct."""
+    ours = our_run(row, args)
+    ours |= figures(args.work / "ours", args)
+    peer = theirs(row, args)
+    peer |= figures(args.work / "peer" / "dense", args)
+    # The tool's result was folded into a dense folder: its bits follow from its format.
+    return {
+        "decoct": ours,
+        "peer": {key: value for key, value in peer.items() if key not in ("nbytes", "bits_per_weight")},
+    }
+
+
+def figures(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity, KL, top-1."""
+    protocol = PROTOCOLS[args.protocol]
+    found = decoct(
+        "--threads", "2", "evaluate", folder, "--against", args.model, "--text", args.text,
+        "--windows", protocol["windows"], "--length", protocol["window"],
+    )  # fmt: skip
+    return {key: found[key] for key in KEYS}
+
+
+def speed(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    """In turn, medians."""
+    ours, peers = [], []
+    for _ in range(args.rounds):
+        ours.append(our_run(row, args))
+        peers.append(theirs(row, args))
+        print(row, ours[-1], peers[-1]["seconds"], flush=True)
+    median = [statistics.median(run["seconds"] for run in runs) for runs in (ours, peers)]
+    peak = [max(run["peak_bytes"] for run in runs) for runs in (ours, peers)]
+    return {
+        "decoct": ours, "peer": [{key: run[key] for key in ("seconds", "peak_bytes", "version")} for run in peers],
+        "times_faster": median[1] / median[0], "ratio_peak": peak[0] / peak[1],
+    }  # fmt: skip
+
+
+def theirs(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, memory, bits."""
+    (tool, method, bits, _), protocol, out = ROWS[row], PROTOCOLS[args.protocol], args.work / "peer"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [
+        args.python[tool], HERE / "peers" / TOOLS[tool], args.model, out, "--method", method, "--bits", bits,
+        "--group-size", 64, "--calibration", args.calibration, "--sequences", protocol["sequences"],
+        "--length", protocol["length"], "--threads", 2,
+    ]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    made = json.loads((out / "result.json").read_text())
+    return {
+        "seconds": made["seconds"], "peak_bytes": made["peak_rss_bytes"], "tool": tool, "version": made["version"],
+        "bits_in_matrices": bits + BITS_BESIDE.get(tool, 16 / 64), "settings": made["settings"],
+    }  # fmt: skip
+
+
+def our_run(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and memory."""
+    protocol, recipe = PROTOCOLS[args.protocol], args.work / "ours.yaml"
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = {
+        "source": str(args.calibration), "num_sequences": protocol["sequences"], "sequence_length": protocol["length"],
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump({"data": data, "stages": ROWS[row][3]}))
+    made = decoct("--threads", "2", "compress", args.model, recipe, "-o", args.work / "ours", "--fresh")
+    return {key: made[key] for key in ("seconds", "peak_bytes", "decoct") if key in made}
+
+
+def side_by_side(measured: Iterable[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = "| | perplexity | mean KL | top-1 | seconds | peak memory |\n" + "|---" * 6 + "|"
+    rows = [
+        f"| {row['row']}: {who} | {each['perplexity']:.2f} | {each['kl_mean']:.4f} | {100 * each['top1_agreement']:.1f} % "
+        f"| {each['seconds']:.0f} | {each['peak_bytes'] / 2**20:.0f} MiB |"
+        for row in measured
+        for who, each in ((f"{row['peer']['tool']} {row['peer']['version']}", row["peer"]), ("decoct", row["decoct"]))
+    ]
+    return "\n".join([head, *rows])
+
+
+if __name__ == "__main__":
+    main()
