@@ -26,8 +26,9 @@ class OmniQuant(BlockLearning):
 
     Two numbers a group (one, if the grid is symmetric) decide which part of the group's largest and smallest weight the
     grid covers; weights are rounded to the nearest code. So little is learned that little calibration text is needed.
-    Works on what an earlier step quantized, and starts from its codes; slots that no earlier step quantized are rounded
-    first if `bits` is given. The paper's other half, scales of channels, is `omniquant_let`.
+    Slots that no earlier step quantized are rounded first if `bits` is given. What an earlier step quantized is
+    improved from its codes; after feedback such as gptq's that is little: other scales undo what feedback had arranged.
+    The paper's other half, scales of channels, is not here: put `smoothquant` or `awq` before.
 
     Attributes:
         bits: 2 to 8, for slots that are not quantized yet; None leaves those alone.
@@ -35,12 +36,12 @@ class OmniQuant(BlockLearning):
         symmetric: no zero points, for the same.
         num_steps: gradient steps.
         batch_size: sequences in each.
-        learning_rate: first step size, of the logit of the covered part; None is 4 / num_steps. It decays to zero.
+        learning_rate: first step size, of the logit of the covered part; None is 16 / num_steps. It decays to zero.
         seed: of the order in which sequences are seen.
     """
 
     key: ClassVar[str] = "omniquant"
-    path: ClassVar[float] = 4.0
+    path: ClassVar[float] = 16.0
     state_bytes: ClassVar[int] = 5
     step_operations: ClassVar[float] = 50.0
 
