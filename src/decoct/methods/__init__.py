@@ -33,6 +33,7 @@ from decoct.methods.quantize.llm_int8 import LLMInt8
 from decoct.methods.quantize.lrq import LRQ
 from decoct.methods.quantize.mxfp import MXFP
 from decoct.methods.quantize.omniquant import OmniQuant
+from decoct.methods.quantize.omniquant_let import OmniQuantLET
 from decoct.methods.quantize.onebit import OneBit
 from decoct.methods.quantize.owq import OWQ
 from decoct.methods.quantize.pb_llm import PBLLM
@@ -58,6 +59,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "awq": AWQ,
     "awq_clip": AWQClip,
     "smoothquant": SmoothQuant,
+    "omniquant_let": OmniQuantLET,
     "inputs": Inputs,
     "llm_int8": LLMInt8,
     "squeezellm": SqueezeLLM,

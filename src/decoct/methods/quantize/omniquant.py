@@ -28,7 +28,7 @@ class OmniQuant(BlockLearning):
     grid covers; weights are rounded to the nearest code. So little is learned that little calibration text is needed.
     Slots that no earlier step quantized are rounded first if `bits` is given. What an earlier step quantized is
     improved from its codes; after feedback such as gptq's that is little: other scales undo what feedback had arranged.
-    The paper's other half, scales of channels, is not here: put `smoothquant` or `awq` before.
+    The paper's other half, scales of channels, is `omniquant_let`, a step before this one.
 
     Attributes:
         bits: 2 to 8, for slots that are not quantized yet; None leaves those alone.
