@@ -17,6 +17,8 @@ from decoct.engine.budget import Budget
 from decoct.engine.cache import CachePass, run_cache, written_policy
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
+from decoct.engine.find_guidance import Finding, find_guidance
+from decoct.engine.guidance import layout
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.learn_basis import Learning, learned_basis
 from decoct.engine.plan import Plan
@@ -147,6 +149,10 @@ def _run_stage(
         model = replace(model, basis=learned_basis(Learning(model.method, model, tokens, plan.dtype, staged, note)))
     scratch = scratch_folder(job.out, number, job.budget.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
+    guided, guidance = layout(model, plan.steps), None
+    if guided is not None:
+        assert tokens is not None
+        guidance = find_guidance(Finding(model, guided, tokens, plan.dtype, scratch, note))
     todo = Pass(
         model=model,
         steps=plan.steps,
@@ -157,6 +163,7 @@ def _run_stage(
         scratch=scratch,
         journal=journal,
         on_event=note,
+        guidance=guidance,
     )
     run_pass(todo)
     for path in scratch.glob("*.bin"):

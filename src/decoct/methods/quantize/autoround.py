@@ -14,7 +14,7 @@ from decoct.ops.grid import check_grid, fit_grid, quantize_packed, resolve_group
 from decoct.ops.hadamard import hadamard
 from decoct.ops.parallel import each_piece
 from decoct.ops.rounding import clipped_codes, rounding_gradients
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Rotated, Shared, Sparse, Sum, Weight, pull_back
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Rotated, Shared, Sparse, Stacked, Sum, Weight, pull_back
 
 _HALF = 0.5  # a weight may move to the neighbouring code, not beyond
 _NEAREST = 0.4  # codes that a weight lies from the code it starts with, at most: nearer to the edge, noise moves it
@@ -384,6 +384,10 @@ def _goals(
                 others = sum(values[:number] + values[number + 1 :], torch.zeros(()))
                 found.update(_goals(term, term, wanted - others, f"{path}terms.{number}."))
             return found
+        case Stacked(parts=parts):
+            pairs = enumerate(zip(parts, weight.split(wanted), strict=True))
+            goals = (_goals(part, part, rows, f"{path}parts.{n}.") for n, (part, rows) in pairs)
+            return {name: goal for each in goals for name, goal in each.items()}
         case LowRank(left=left, right=right):
             known = before if isinstance(before, LowRank) else weight
             return {
