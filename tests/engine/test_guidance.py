@@ -247,21 +247,20 @@ def test_the_layout_is_by_block(base: Path) -> None:
 # Does it help?
 
 
-@pytest.mark.parametrize("bits", [3])
-def test_it_brings_a_real_model_closer_to_itself(bits: int, stories: Path, story_text: Path, tmp_path: Path) -> None:
-    """KL to the uncompressed model on text that calibration has not seen."""
+@pytest.mark.e2e
+def test_it_brings_a_real_model_closer_to_itself(stories: Path, story_text: Path, tmp_path: Path) -> None:
+    """KL to the uncompressed model on text that calibration has not seen. With a quarter of the tokens it is a draw."""
     text = story_text.read_text(encoding="utf-8")
-    (tmp_path / "seen.txt").write_text(text[:60_000], encoding="utf-8")
-    (tmp_path / "unseen.txt").write_text(text[60_000:90_000], encoding="utf-8")
+    (tmp_path / "seen.txt").write_text(text[200_000:], encoding="utf-8")
+    (tmp_path / "unseen.txt").write_text(text[:60_000], encoding="utf-8")
     divergence = {}
-    for groups in (0, 1, 4):
+    for groups in (0, 4):
         recipe = {
-            "data": {"source": str(tmp_path / "seen.txt"), "num_sequences": 64, "sequence_length": 256},
-            "stages": [{"blocks": [{"linear": {"gptq": {"bits": bits, "group_size": "channel", "guided": groups}}}]}],
+            "data": {"source": str(tmp_path / "seen.txt"), "num_sequences": 256, "sequence_length": 256},
+            "stages": [{"blocks": [{"linear": {"gptq": {"bits": 4, "group_size": "channel", "guided": groups}}}]}],
         }
         out = decoct.compress(stories, recipe, tmp_path / f"out-{groups}").folder
-        found = decoct.evaluate(out, text=str(tmp_path / "unseen.txt"), against=stories, windows=24, length=256)
+        found = decoct.evaluate(out, text=str(tmp_path / "unseen.txt"), against=stories, windows=48, length=256)
         assert found.kl_mean is not None
         divergence[groups] = found.kl_mean
-    print(divergence)
-    assert divergence[4] < divergence[0]
+    assert divergence[4] < 0.96 * divergence[0]

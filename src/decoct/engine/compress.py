@@ -149,10 +149,7 @@ def _run_stage(
         model = replace(model, basis=learned_basis(Learning(model.method, model, tokens, plan.dtype, staged, note)))
     scratch = scratch_folder(job.out, number, job.budget.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
-    guided, guidance = layout(model, plan.steps), None
-    if guided is not None:
-        assert tokens is not None
-        guidance = find_guidance(Finding(model, guided, tokens, plan.dtype, scratch, note))
+    guided = layout(model, plan.steps)
     todo = Pass(
         model=model,
         steps=plan.steps,
@@ -163,7 +160,7 @@ def _run_stage(
         scratch=scratch,
         journal=journal,
         on_event=note,
-        guidance=guidance,
+        guidance=None if guided is None else find_guidance(Finding(model, guided, tokens, plan.dtype, scratch, note)),
     )
     run_pass(todo)
     for path in scratch.glob("*.bin"):
