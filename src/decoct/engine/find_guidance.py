@@ -40,7 +40,7 @@ class Finding:
 
     model: Model
     layout: Layout
-    tokens: Int[Tensor, "sequences length"] | None
+    tokens: Int[Tensor, "sequences length"]
     dtype: torch.dtype
     folder: Path
     on_event: OnEvent
@@ -53,7 +53,6 @@ def find_guidance(todo: Finding) -> Guidance:
     Raises:
         ValueError: gradients that are not finite.
     """
-    assert todo.tokens is not None, "guided statistics are statistics: their plan asks for data"
     model, last, first = todo.model, todo.model.num_blocks, todo.layout.first
     guidance = Guidance(todo.layout, (todo.tokens.shape[0], todo.tokens.shape[1]), todo.folder)
     sweep = Sweep(model, todo.tokens, todo.dtype, todo.folder)

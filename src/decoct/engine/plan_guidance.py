@@ -22,64 +22,54 @@ class GuidancePlan:
     Attributes:
         model: as the pass finds it.
         layout: the guided slots.
-        data: calibration.
-        dtype: what blocks run in.
     """
 
     model: Model
     layout: Layout
-    data: Data
-    dtype: torch.dtype
 
-    @property
-    def weights_bytes(self) -> int:
-        """All token weights, on disk until the pass is over."""
-        return 4 * self.data.num_tokens * self.layout.columns
-
-    def scratch_bytes(self, activations: int) -> int:
+    def scratch_bytes(self, data: Data, dtype: torch.dtype, activations: int) -> int:
         """Most on disk at a time: token weights; while they are found, what enters each block and two gradients.
 
         Args:
+            data: calibration.
+            dtype: what blocks run in.
             activations: what the pass itself puts there afterwards; what entered the first guided block, and the
                 gradient by it, are still there then.
         """
-        return self.weights_bytes + max((self.model.num_blocks + 3) * self._state, activations + 2 * self._state)
+        state = data.num_tokens * self.model.shape(self.model.family.embed)[1] * dtype.itemsize
+        weights = 4 * data.num_tokens * self.layout.columns
+        return weights + max((self.model.num_blocks + 3) * state, activations + 2 * state)
 
-    @property
-    def working_bytes(self) -> int:
+    def working_bytes(self, data: Data, dtype: torch.dtype) -> int:
         """Memory at the peak of finding them: a block that is kept for its gradient, or the head and some logits."""
-        model, size = self.model, self.dtype.itemsize
+        model, size = self.model, dtype.itemsize
         shapes = [model.shape(model.prefix(0) + slot.name) for slot in model.block_slots]
         widths = sum(sum(model.shape(model.prefix(0) + s.name)) for s in model.block_slots if s.expert in (None, 0))
         entries = sum(map(prod, shapes))
         block = entries * (model.dtype.itemsize + size) + 8 * max(map(prod, shapes))
-        block += 4 * self.data.sequence_length * widths * max(size, 4)
+        block += 4 * data.sequence_length * widths * max(size, 4)
         vocabulary, hidden = model.shape(model.end_slots[-1].name)
         head = vocabulary * hidden * (model.dtype.itemsize + size)
-        head += _LOGIT_BYTES * max(vocabulary, min(LOGITS_AT_ONCE, self.data.sequence_length * vocabulary))
+        head += _LOGIT_BYTES * max(vocabulary, min(LOGITS_AT_ONCE, data.sequence_length * vocabulary))
         return max(block, head)
 
-    def seconds(self) -> float:
+    def seconds(self, data: Data, dtype: torch.dtype) -> float:
         """A rough estimate: two forwards and the way back for hidden states alone, and a product for each group."""
         model = self.model
-        products = 8.0 * model.num_parameters * self.data.num_tokens / (0.5 * product_rate(self.dtype))
+        products = 8.0 * model.num_parameters * data.num_tokens / (0.5 * product_rate(dtype))
         squares = sum(
             groups * model.shape(model.prefix(block) + name)[1] ** 2
             for block, found in enumerate(self.layout.groups)
             for name, groups in found.items()
         )
-        return float(products + self.data.num_tokens * squares / product_rate(torch.float32))
-
-    @property
-    def _state(self) -> int:
-        return self.data.num_tokens * self.model.shape(self.model.family.embed)[1] * self.dtype.itemsize
+        return float(products + data.num_tokens * squares / product_rate(torch.float32))
 
 
-def guided_plan(model: Model, steps: tuple[Resolved, ...], data: Data, dtype: torch.dtype) -> GuidancePlan | None:
+def guided_plan(model: Model, steps: tuple[Resolved, ...]) -> GuidancePlan | None:
     """The plan of a pass's token weights; None if nothing is guided.
 
     Raises:
         ValueError: as for `layout`.
     """
     found = layout(model, steps)
-    return None if found is None else GuidancePlan(model, found, data, dtype)
+    return None if found is None else GuidancePlan(model, found)
