@@ -17,6 +17,7 @@ from decoct.methods.cache.rotated_int4 import RotatedInt4
 from decoct.methods.cache_policy import CacheMethod, Place
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
+from decoct.methods.guided import ByGroup, Guided
 from decoct.methods.prune.wanda import Wanda
 from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.awq import AWQ
@@ -90,8 +91,10 @@ __all__ = [
     "AnyMethod",
     "BlockMethod",
     "BlockWeights",
+    "ByGroup",
     "CacheMethod",
     "EdgeScaling",
+    "Guided",
     "LinearCorrection",
     "LinearMethod",
     "ModelMethod",

@@ -12,7 +12,7 @@ from torch import Tensor
 from decoct.ops.grid import stored_scale
 from decoct.ops.hadamard import hadamard
 from decoct.ops.rounding import clipped_codes
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Rotated, Sum, Weight, pull_back
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Rotated, Stacked, Sum, Weight, pull_back
 
 NEAREST = 0.4  # codes that a weight lies from the code it starts with, at most: nearer to the edge, noise moves it
 
@@ -174,6 +174,10 @@ def goals(
                 others = sum(values[:number] + values[number + 1 :], torch.zeros(()))
                 found.update(goals(term, term, wanted - others, f"{path}terms.{number}."))
             return found
+        case Stacked(parts=parts):
+            pairs = enumerate(zip(parts, weight.split(wanted), strict=True))
+            of_parts = (goals(part, part, rows, f"{path}parts.{n}.") for n, (part, rows) in pairs)
+            return {name: goal for each in of_parts for name, goal in each.items()}
         case LowRank(left=left, right=right):
             known = before if isinstance(before, LowRank) else weight
             return {
