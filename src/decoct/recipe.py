@@ -14,7 +14,17 @@ from decoct.engine.data import Data
 from decoct.engine.plan import StepRules
 from decoct.engine.rules import Rule
 from decoct.engine.stages import BlocksStage, CacheStage, ModelStage, Stage
-from decoct.methods import METHODS, AnyMethod, BlockMethod, CacheMethod, EdgeScaling, ModelMethod, Rotation
+from decoct.methods import (
+    METHODS,
+    AnyMethod,
+    BlockMethod,
+    CacheMethod,
+    EdgeScaling,
+    Guided,
+    LinearMethod,
+    ModelMethod,
+    Rotation,
+)
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.search.settings import Search
 
@@ -169,6 +179,9 @@ def recipe_text(recipe: Recipe, about: str) -> str:
 
 def method_settings(method: AnyMethod) -> dict[str, Any]:
     """A method as a recipe spells it: `{"gptq": {"bits": 4, …}}`."""
+    if isinstance(method, Guided):
+        ((name, settings),) = method_settings(method.method).items()
+        return {name: {**settings, "guided": method.groups}}
     name = next(name for name, cls in METHODS.items() if type(method) is cls)
     return {name: asdict(method)}
 
@@ -256,12 +269,27 @@ def _rule(value: Any, where: str) -> Rule:
     match = value.get("match", "*")
     patterns = _strings(match, f"{where}.match")
     share = _typed(float, value.get("min_share", 0.0), f"{where}.min_share")
-    method = None if leave else build_method(names[0], value[names[0]], where)
+    method = None if leave else _guided(names[0], value[names[0]], where)
     if isinstance(method, BlockMethod | EdgeScaling | Rotation):
         raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
     if isinstance(method, ModelMethod | CacheMethod):
         raise _no_step(method, names[0], where)
     return Rule(patterns, method, share)
+
+
+def _guided(name: str, value: Any, where: str) -> AnyMethod:
+    """A method for single matrices; its settings may have `guided` beside its own keys."""
+    if not isinstance(value, dict) or not value.get("guided"):
+        own = {key: each for key, each in value.items() if key != "guided"} if isinstance(value, dict) else value
+        return build_method(name, own, where)
+    method = build_method(name, {key: each for key, each in value.items() if key != "guided"}, where)
+    groups = _typed(int, value["guided"], f"{where}.{name}.guided")
+    if not isinstance(method, LinearMethod):
+        raise RecipeError(f"{where}.{name}: unknown key 'guided'; it is for methods that quantize a matrix")
+    try:
+        return Guided(method=method, groups=groups)
+    except ValueError as error:
+        raise RecipeError(f"{where}.{name}: {error}") from None
 
 
 def _no_step(method: ModelMethod | CacheMethod, name: str, where: str) -> RecipeError:
@@ -276,8 +304,8 @@ def _step_settings(step: StepRules) -> dict[str, Any]:
 
 
 def _rule_settings(rule: Rule) -> dict[str, Any]:
-    method = {"leave": True} if rule.method is None else method_settings(rule.method)
     share = {"min_share": rule.min_share} if rule.min_share else {}
+    method = {"leave": True} if rule.method is None else method_settings(rule.method)
     return {"match": list(rule.match), **share, **method}
 
 

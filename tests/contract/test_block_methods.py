@@ -235,9 +235,10 @@ def test_what_was_quantized_before_the_stage_is_left(cls: type[BlockMethod]) -> 
 
 @EVERY
 def test_what_it_cannot_learn_is_named(cls: type[BlockMethod]) -> None:
+    (name,) = method_settings(cls())
     weight = dense()[UP]
     for held in (Shared.of(DOWN, weight), rounded(dense())[UP]):
-        assert f"{cls.__name__.lower()} " in str(quick(cls).obstacle(held, held))
+        assert f"{name} " in str(quick(cls).obstacle(held, held))
 
 
 @EVERY

@@ -11,7 +11,7 @@ from tests.engine.running import make_base
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in ("estimate", "plan_cache", "plan_tuning", "plan_basis"):
+    for module in ("estimate", "plan_cache", "plan_tuning", "plan_basis", "plan_guidance"):
         monkeypatch.setattr(f"decoct.engine.{module}.product_rate", lambda _: 1e11)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

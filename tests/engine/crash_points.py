@@ -18,6 +18,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401 - once, before for
 import decoct.engine.estimate
 import decoct.engine.learn_basis
 import decoct.engine.plan_basis
+import decoct.engine.plan_guidance
 import decoct.engine.plan_tuning
 import decoct.engine.tune
 from tests.engine.running import digests, run
@@ -89,7 +90,8 @@ def try_points(base: Path, text: Path, folder: Path, every: int, recipe: dict[st
 def main() -> None:
     """See the module's words."""
     torch.set_num_threads(1)
-    for module in (decoct.engine.estimate, decoct.engine.plan_tuning, decoct.engine.plan_basis):
+    engine = decoct.engine
+    for module in (engine.estimate, engine.plan_tuning, engine.plan_basis, engine.plan_guidance):
         module.product_rate = lambda _: 1e11
     decoct.engine.tune._SAVE_SECONDS = decoct.engine.learn_basis._SAVE_SECONDS = 0.0
     base, text, folder = (Path(each) for each in sys.argv[1:4])

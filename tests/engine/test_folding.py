@@ -15,7 +15,7 @@ from decoct.model import Model, open_model
 from decoct.stats import AbsMax, ColumnNorm, Gram, Moments
 from decoct.store import open_safetensors
 from decoct.weights import Dense
-from tests.engine.running import GPTQ, RTN, WANDA, digests, make_base, make_job, run
+from tests.engine.running import GPTQ, RTN, WANDA, Settings, digests, make_base, make_job, run
 from tests.tiny import CONFIGS, save_model
 
 STATS: list[Any] = [Gram, ColumnNorm, AbsMax, Moments]
@@ -114,6 +114,7 @@ def test_grouped_queries_share_what_one_row_writes() -> None:
 
 
 AWQ = {"awq": {"bits": 4, "group_size": 8}}
+LET = {"omniquant_let": {"bits": 4, "group_size": 8, "num_steps": 5}}
 
 
 def test_norms_that_took_scales_are_saved(tmp_path: Path) -> None:
@@ -129,9 +130,10 @@ def test_norms_that_took_scales_are_saved(tmp_path: Path) -> None:
     assert all(open_safetensors(shard).tensors for shard in shards)
 
 
-def test_rescaling_alone_leaves_the_error_at_rounding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [{"smoothquant": {"alpha": 0.5}}, LET])
+def test_rescaling_alone_leaves_the_error_at_rounding(tmp_path: Path, first: Settings) -> None:
     base = make_base(tmp_path, "llama")
-    result = run(base, tmp_path / "out", {"smoothquant": {"alpha": 0.5}})
+    result = run(base, tmp_path / "out", first)
     assert result.errors
     assert max(result.errors.values()) < 1e-8
 
@@ -155,10 +157,11 @@ def test_what_is_compressed_already_cannot_be_rescaled(tmp_path: Path) -> None:
         run(base, tmp_path / "out", stages=stages)
 
 
-def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [AWQ, LET])
+def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path, first: Settings) -> None:
     base = make_base(tmp_path, "qwen2")
-    whole = digests(run(base, tmp_path / "whole", AWQ, GPTQ).folder)
-    job = make_job(base, tmp_path / "again", AWQ, GPTQ)
+    whole = digests(run(base, tmp_path / "whole", first, GPTQ).folder)
+    job = make_job(base, tmp_path / "again", first, GPTQ)
 
     class StopError(Exception):
         pass

@@ -15,6 +15,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one stage": {"stages": [{"blocks": [EVERYTHING]}]},
     "two stages": {"stages": [{"blocks": [WANDA]}, {"blocks": [GPTQ, EORA]}]},
     "two chains of states": {"stages": [{"blocks": [GPTQ, AUTOROUND]}]},
+    "guided": {"stages": [{"blocks": [{"linear": {"gptq": {"bits": 4, "group_size": 8, "guided": 2}}}]}]},
     "a cache policy": {"stages": [{"cache": {"kivi": {"group_size": 8}}}]},
     "rotated": {"stages": [{"blocks": [{"quarot": {}}, GPTQ]}]},
     "learned rotations": {"stages": [{"blocks": [{"spinquant": {"num_steps": 3, "batch_size": 2}}, GPTQ]}]},
@@ -36,7 +37,14 @@ def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
 
 @pytest.mark.parametrize(
     ("recipe", "every"),
-    [("one stage", 7), ("two chains of states", 7), ("a cache policy", 5), ("tuned", 13), ("learned rotations", 7)],
+    [
+        ("one stage", 7),
+        ("guided", 11),
+        ("two chains of states", 7),
+        ("a cache policy", 5),
+        ("tuned", 13),
+        ("learned rotations", 7),
+    ],
 )
 def test_some_points(recipe: str, every: int, base: Path, tmp_path: Path) -> None:
     assert cut(base, tmp_path, RECIPES[recipe], every=every) >= 8
@@ -51,6 +59,7 @@ def test_some_points(recipe: str, every: int, base: Path, tmp_path: Path) -> Non
         ("two chains of states", 3),
         ("tuned", 5),
         ("rotated", 2),
+        ("guided", 2),
         ("learned rotations", 3),
     ],
 )

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from decoct.ops.rounding import clipped_codes, rounding_gradients
+from decoct.ops.rounding import clipped_codes, grid_gradients, rounding_gradients
 from tests.reference.inputs import gaussian
-from tests.reference.rounding import gradients
+from tests.reference.rounding import gradients, on_grid
 
 ROWS, GROUPS, SIZE = 5, 3, 16
 
@@ -24,6 +24,23 @@ def test_gradients_against_autograd(asymmetric: bool) -> None:
         assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("one_scale", [False, True])
+def test_gradients_of_a_grid_against_autograd(one_scale: bool) -> None:
+    bits, scales = 3, (1, 1, 1) if one_scale else (ROWS, GROUPS, 1)
+    w, g = 1.2 * gaussian(ROWS, GROUPS, SIZE, seed=1), gaussian(ROWS, GROUPS, SIZE, seed=2)
+    log_scale = 0.1 * gaussian(*scales, seed=3) - 1
+    zero = 3.4 + 0.8 * gaussian(*scales, seed=5)
+    exact = [each.double().requires_grad_() for each in (w, log_scale, zero)]
+    by_w, by_scale, by_zero = torch.autograd.grad((g.double() * on_grid(*exact, bits)).sum(), exact)
+    scale, middle = log_scale.exp(), zero.round()
+    found = grid_gradients(g, w / scale, scale, -middle, 2**bits - 1 - middle)
+    clipped = int((found.position == 0).sum())
+    assert 0 < clipped < w.numel() / 2, "both cases must occur"
+    for mine, expected in zip(found, (by_w * scale, by_scale, by_zero), strict=True):
+        assert mine.shape == expected.shape
+        assert torch.allclose(mine.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_arguments_are_left_alone() -> None:
     g, position = (gaussian(ROWS, GROUPS, SIZE, seed=n) for n in range(2))
     one = torch.ones(ROWS, GROUPS, 1)
@@ -31,4 +48,5 @@ def test_arguments_are_left_alone() -> None:
     before = [each.clone() for each in given]
     clipped_codes(position, -2 * one, one)
     rounding_gradients(*given, -2 * one, one)
+    grid_gradients(*given, -2 * one, one)
     assert all(torch.equal(each, old) for each, old in zip(given, before, strict=True))

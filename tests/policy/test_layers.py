@@ -79,7 +79,9 @@ def method_files() -> list[Path]:
     return [path for path in folder.rglob("*.py") if path.parent != folder and path.name != "__init__.py"]
 
 
-BASES = ("decoct.methods.base", "decoct.methods.cache_policy")
+BASES = {
+    f"decoct.methods.{name}" for name in ("base", "block_learning", "cache_policy", "learned_division", "learned_grid")
+}
 
 
 @pytest.mark.parametrize("path", method_files(), ids=lambda path: path.stem)

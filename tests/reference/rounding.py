@@ -15,3 +15,18 @@ def gradients(gradient: Tensor, position: Tensor, scale: Tensor, low: Tensor, hi
     code = straight_through(position).clamp(low.double(), high.double())
     by_position, by_scale = torch.autograd.grad((gradient.double() * scale * code).sum(), (position, scale))
     return by_position, by_scale
+
+
+def on_grid(w: Tensor, log_scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """exp(log_scale) · (clip(round(w / scale) + round(zero), 0, 2^bits - 1) - round(zero)): Block-AP."""
+    scale, middle = log_scale.exp(), straight_through(zero)
+    code = (straight_through(w / scale) + middle).clamp(0, 2**bits - 1)
+    return scale * (code - middle)
+
+
+def on_span(w: Tensor, high: Tensor, low: Tensor | None, bits: int) -> Tensor:
+    """Rounded to the grid from -low to high, as OmniQuant's paper has it; None: from -high to high."""
+    top = 2**bits - 1
+    scale = 2 * high / top if low is None else (high + low) / top
+    middle = torch.full_like(high, 2.0 ** (bits - 1)) if low is None else straight_through(low / scale)
+    return scale * ((straight_through(w / scale) + middle).clamp(0, top) - middle)

@@ -24,6 +24,7 @@ from decoct.weights import (
     Shared,
     Sparse,
     SparseInt,
+    Stacked,
     Sum,
     Ternary,
     Trellis,
@@ -267,6 +268,12 @@ def samples() -> dict[str, Weight]:  # noqa: C901 - a list
         "low_rank(inputs(int),inputs(int))": LowRank.of(
             quantized_input(group_int(OUT, RANK, seed=1)), quantized_input(group_int(RANK, IN, seed=2), bits=6)
         ),
+        "stacked(int,codebook)": Stacked.of(group_int(5), codebook(bits=3)),
+        "stacked(masked(int),sum(int,columns))-bf16": Stacked.of(
+            Masked.of(group_int(dtype=half), mask()), Sum.of(group_int(dtype=half), columns(dtype=half))
+        ),
+        "stacked(rotated(trellis),rotated(trellis))": Stacked.of(rotated(trellis(8, 20)), rotated(trellis(5, 20))),
+        "stacked(inputs(int),int)": Stacked.of(quantized_input(group_int()), group_int(7)),
         "rotated(inputs(trellis))": rotated(quantized_input(trellis(), bits=4)),
         "one-row": group_int(1, IN, 3, symmetric=False),
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from decoct.arch import Slot
 from decoct.engine.passage import BlockPassage
-from decoct.engine.rules import Method
+from decoct.engine.rules import Method, statistic
 from decoct.methods import BlockMethod, BlockWeights, LinearMethod
 from decoct.weights import Weight
 
@@ -63,7 +63,8 @@ def each_linear(methods: Mapping[str, Method]) -> Step:
         for name, slot in block.slots.items():
             method = methods.get(name)
             if method is not None:
-                stat = None if method.stat is None else block.stats[slot.reads][method.stat]
+                kind = statistic(method, slot)
+                stat = None if kind is None else block.stats[slot.reads][kind]
                 found[name] = apply_method(method, block.weights[name], stat, block.original[name], name)
         return block.with_weights(found)
 

@@ -17,6 +17,8 @@ from decoct.engine.budget import Budget
 from decoct.engine.cache import CachePass, run_cache, written_policy
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
+from decoct.engine.find_guidance import Finding, find_guidance
+from decoct.engine.guidance import Guidance, layout
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.learn_basis import Learning, learned_basis
 from decoct.engine.plan import Plan
@@ -158,6 +160,7 @@ def _run_stage(
         scratch=scratch,
         journal=journal,
         on_event=note,
+        guidance=_guidance(plan, model, tokens, scratch, note),
     )
     run_pass(todo)
     for path in scratch.glob("*.bin"):
@@ -165,6 +168,15 @@ def _run_stage(
     if scratch != staged:
         shutil.rmtree(scratch)
     return entry
+
+
+def _guidance(plan: Plan, model: Model, tokens: Tensor | None, scratch: Path, note: OnEvent) -> Guidance | None:
+    """Token weights for what a stage guides; None if it guides nothing."""
+    found = layout(model, plan.steps)
+    if found is None:
+        return None
+    assert tokens is not None
+    return find_guidance(Finding(model, found, tokens, plan.dtype, scratch, note))
 
 
 def data_record(data: Data, tokens: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from decoct.engine.data import Data
 from decoct.engine.folding import folding_operations, folds
 from decoct.engine.rehearse import Chains, linear
 from decoct.engine.rotate import rotation_operations, rotation_workspace, signs_nbytes
-from decoct.engine.rules import Method
+from decoct.engine.rules import Method, statistic
 from decoct.methods import BlockMethod, EdgeScaling
 from decoct.model import Model
 
@@ -102,8 +102,9 @@ def _working(model: Model, name: str, method: Method) -> int:
 def _statistics(work: Work) -> int:
     """Bytes of all statistics of a block."""
     model = work.model
-    reads = {model.prefix(b) + slot.name: slot.reads for b in range(model.num_blocks) for slot in model.block_slots}
-    kinds = {(reads[name], m.stat) for name, chain in work.chains.items() if name in reads for m in linear(chain)}
+    slots = {model.prefix(b) + slot.name: slot for b in range(model.num_blocks) for slot in model.block_slots}
+    inside = {name: linear(chain) for name, chain in work.chains.items() if name in slots}
+    kinds = {(slots[name].reads, statistic(m, slots[name])) for name, chain in inside.items() for m in chain}
     kinds |= {(each.edge, step.stat) for each in folds(model) for step in work.scalings}
     widths = _edge_widths(model)
     return sum(kind.nbytes_for(widths[edge]) for edge, kind in kinds if kind is not None)

@@ -11,6 +11,7 @@ from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
 from decoct.engine.folding import touched
 from decoct.engine.plan_basis import learning
+from decoct.engine.plan_guidance import guided_plan
 from decoct.engine.rehearse import Chains, Rehearsal, Steps, rehearse
 from decoct.engine.rotate import check_rotation, rotated, signs_nbytes, turned_slots
 from decoct.engine.rules import Resolved, Rule, assign, is_paired
@@ -114,13 +115,14 @@ def make_plan(
     needs_data = paired or bool(scalings) or reading or learns is not None
     if needs_data:
         check_length(data, model)
-    if dtype is None:
-        dtype = compute_dtype(model.dtype) if needs_data else model.dtype
+    dtype = dtype or (compute_dtype(model.dtype) if needs_data else model.dtype)
     work = Work(model, chains, scalings, paired, data if needs_data else None, dtype)
     activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
     activations *= 2 if paired else 1  # of the model as it becomes and as it was
     working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
-    working = max(working, learns.working_bytes(data, dtype) if learns is not None else 0)
+    guides = guided_plan(model, resolved)
+    before = [each for each in (learns, guides) if each is not None]  # what runs the whole model before the pass
+    working = max(working, *(each.working_bytes(data, dtype) for each in before), 0)
     in_memory, peak = _memory(model, budget, activations, working)
     return Plan(
         kind="blocks",
@@ -135,8 +137,8 @@ def make_plan(
         output_bytes=_output_bytes(model, rehearsal),
         reals=_reals(model, rehearsal),
         unpacked_bytes=_unpacked_bytes(model, rehearsal),
-        scratch_bytes=2 * activations,
-        seconds=time_taken(work) + (learns.seconds(data, dtype) if learns is not None else 0.0),
+        scratch_bytes=2 * activations if guides is None else guides.scratch_bytes(data, dtype, 2 * activations),
+        seconds=time_taken(work) + sum(each.seconds(data, dtype) for each in before),
         checkpoint_bytes=2 * learns.checkpoint_bytes if learns is not None else 0,
     )
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from decoct.arch import Edge, Slot
 from decoct.arch.hf import expert_inputs
+from decoct.methods.guided import ByGroup, GroupedMoments
 from decoct.stats import PairedGram
 
-Wanted = Mapping[str, frozenset[type[Any]]]
+Wanted = Mapping[str, frozenset[Any]]
 """Kinds of statistic wanted, by edge."""
 
-Gathered = dict[str, dict[type[Any], Any]]
+Gathered = dict[str, dict[Any, Any]]
 
 
 @dataclass(slots=True)
@@ -26,11 +27,14 @@ class Recorder:
         stats: by edge and kind.
         kept: inputs of the uncompressed model by edge, waiting for those of the compressed one.
         keeping: whether the next runs are of the uncompressed model.
+        weights: what the tokens of the batch that is run next weigh in each group of a slot's output features,
+            [tokens, groups] by the slot's name; of slots whose statistics are guided.
     """
 
     stats: Gathered
     kept: dict[str, Tensor] = field(default_factory=dict)
     keeping: bool = False
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def uncompressed(self) -> Iterator[None]:
@@ -46,12 +50,14 @@ class Recorder:
         x = x.reshape(-1, x.shape[-1])
         stats = self.stats[edge]
         if self.keeping:
-            if PairedGram in stats:
+            if any(PairedGram in (kind, kind.kind if isinstance(kind, ByGroup) else None) for kind in stats):
                 self.kept[edge] = x
             return
         original = self.kept.pop(edge, None)
-        for stat in stats.values():
-            if isinstance(stat, PairedGram) and original is not None:
+        for kind, stat in stats.items():
+            if isinstance(stat, GroupedMoments):
+                stat.add_weighted(x, self.weights[kind.slot], original)
+            elif isinstance(stat, PairedGram) and original is not None:
                 stat.add_pair(x, original)
             else:
                 stat.add(x)
@@ -89,6 +95,30 @@ def record(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def record_outputs(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """While the body runs the module, keep what some of its layers put out last, as part of the graph of gradients.
+
+    Args:
+        module: the block that will be called.
+        paths: where in it each layer lies, by a name of one's own.
+    """
+    found: dict[str, Tensor] = {}
+    hooks = [
+        module.get_submodule(path).register_forward_hook(partial(_keep_output, found, name))
+        for name, path in paths.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _keep_output(found: dict[str, Tensor], name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+    found[name] = output
 
 
 def _take_input(recorder: Recorder, edge: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:

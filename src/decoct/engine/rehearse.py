@@ -11,11 +11,10 @@ from decoct.arch import Slot
 from decoct.engine.block import apply_method
 from decoct.engine.folding import check_foldable, touched
 from decoct.engine.rotate import online_roles, signs_nbytes
-from decoct.engine.rules import Assignment, Method, Resolved
-from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, Rotation
+from decoct.engine.rules import Assignment, Method, Resolved, reads_pairs
+from decoct.methods import BlockMethod, ByGroup, EdgeScaling, LinearCorrection, Rotation
 from decoct.model import Model
 from decoct.ops.grid import stored_scale_dtype
-from decoct.stats import PairedGram
 from decoct.weights import Dense, Rotated, Weight, for_training, rebuild, tensor_specs, trainable
 
 Steps = tuple[Resolved, ...]
@@ -217,7 +216,13 @@ def _check_order(model: Model, name: str, course: tuple[Chain, ...]) -> None:
     for chain in course:
         if name == model.family.embed and any(method.stat is not None for method in chain):
             raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
-        if any(m.stat is PairedGram for m in chain) and model.slots()[name].expert is not None:
+        slot = model.slots()[name]
+        if any(isinstance(m.stat, ByGroup) for m in chain) and (slot.expert is not None or slot.protected):
+            raise ValueError(
+                f"{name}: guided weighs what layers inside the blocks put out, not experts, routers or lm_head; "
+                f"give {slot.role} a rule of its own without it"
+            )
+        if any(reads_pairs(m) for m in chain) and slot.expert is not None:
             raise ValueError(f"{name}: the two models may route a token differently; give experts another method")
         if chain and isinstance(chain[0], LinearCorrection):
             raise ValueError(f"{name}: a correction needs an earlier step that compresses, in the same stage")

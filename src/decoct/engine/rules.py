@@ -1,12 +1,13 @@
 """Which method compresses which slot: ordered rules over roles and names; the first that matches decides."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Any
 
 from decoct.arch import Slot
-from decoct.methods import BlockMethod, EdgeScaling, LinearCorrection, LinearMethod, Rotation
+from decoct.methods import BlockMethod, ByGroup, EdgeScaling, LinearCorrection, LinearMethod, Rotation
 from decoct.model import Model
 from decoct.stats import PairedGram
 
@@ -49,8 +50,18 @@ Resolved = Assignment | BlockMethod | EdgeScaling | Rotation
 def is_paired(step: Resolved) -> bool:
     """Whether a step compares with the model as it was: a second chain of activations must run beside the first."""
     if isinstance(step, Assignment):
-        return any(method.stat is PairedGram for method in step.methods.values())
+        return any(reads_pairs(method) for method in step.methods.values())
     return isinstance(step, BlockMethod)
+
+
+def reads_pairs(method: Method | BlockMethod) -> bool:
+    """Whether a method's statistic takes the uncompressed model's inputs beside the compressed one's."""
+    return (method.stat.kind if isinstance(method.stat, ByGroup) else method.stat) is PairedGram
+
+
+def statistic(method: Method, slot: Slot) -> Any:
+    """The kind of statistic that a method needs of a slot's inputs, or None; where it is guided, the slot's own."""
+    return replace(method.stat, slot=slot.name) if isinstance(method.stat, ByGroup) else method.stat
 
 
 def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:

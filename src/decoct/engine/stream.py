@@ -11,14 +11,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decoct.arch import Edge
+from decoct.arch import Edge, Slot
 from decoct.engine.activations import Activations
 from decoct.engine.block import Block, Step, chain, each_block, each_linear
 from decoct.engine.folding import each_edge, folds
+from decoct.engine.guidance import Guidance
 from decoct.engine.journal import Journal
 from decoct.engine.passage import BlockPassage
 from decoct.engine.record import Gathered, Wanted, record
-from decoct.engine.rules import Assignment, Resolved, is_paired
+from decoct.engine.rules import Assignment, Resolved, is_paired, statistic
 from decoct.engine.runner import LaidOut, Runner
 from decoct.engine.write import shard_name, write_shard
 from decoct.methods import BlockMethod, EdgeScaling, Rotation
@@ -72,6 +73,7 @@ class Pass:
         scratch: where activations go.
         journal: what is done already.
         on_event: told of every finished part.
+        guidance: token weights of the slots whose statistics are guided; None if there are none.
     """
 
     model: Model
@@ -83,6 +85,7 @@ class Pass:
     scratch: Path
     journal: Journal
     on_event: OnEvent
+    guidance: Guidance | None = None
 
 
 @torch.no_grad()
@@ -223,6 +226,8 @@ class _Streamer:
                 if enough and not wanted:
                     continue
                 x = states.read(start, stop)
+                if self._todo.guidance is not None:
+                    recorder.weights = self._todo.guidance.read(block, start, stop)
                 y = runner.run(block, laid, x)
                 if not enough:
                     references.append((y, (y.float() - x.float()).square().sum()))
@@ -267,8 +272,8 @@ class _Streamer:
                     runner.logits(hidden.unsqueeze(0), head)
         return found.stats
 
-    def _wanted(self, slots: dict[str, Any]) -> dict[str, frozenset[type[Any]]]:
-        kinds: dict[str, set[type[Any]]] = {}
+    def _wanted(self, slots: dict[str, Slot]) -> dict[str, frozenset[Any]]:
+        kinds: dict[str, set[Any]] = {}
         for step in self._todo.steps:
             if isinstance(step, EdgeScaling):
                 inside = {slot.name for slot in slots.values()}
@@ -280,7 +285,7 @@ class _Streamer:
             for name, slot in slots.items():
                 method = step.methods.get(name)
                 if method is not None and method.stat is not None:
-                    kinds.setdefault(slot.reads, set()).add(method.stat)
+                    kinds.setdefault(slot.reads, set()).add(statistic(method, slot))
         return {edge: frozenset(found) for edge, found in kinds.items()}
 
     def _fill_starved(self, stats: Gathered, slots: dict[str, Any]) -> tuple[str, ...]:

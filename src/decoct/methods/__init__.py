@@ -17,18 +17,24 @@ from decoct.methods.cache.rotated_int4 import RotatedInt4
 from decoct.methods.cache_policy import CacheMethod, Place
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
+from decoct.methods.guided import ByGroup, Guided
 from decoct.methods.prune.wanda import Wanda
 from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.awq import AWQ
 from decoct.methods.quantize.awq_clip import AWQClip
 from decoct.methods.quantize.billm import BiLLM
+from decoct.methods.quantize.block_ap import BlockAP
 from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.methods.quantize.flexround import FlexRound
 from decoct.methods.quantize.gptaq import GPTAQ
 from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.hqq import HQQ
 from decoct.methods.quantize.inputs import Inputs
 from decoct.methods.quantize.llm_int8 import LLMInt8
+from decoct.methods.quantize.lrq import LRQ
 from decoct.methods.quantize.mxfp import MXFP
+from decoct.methods.quantize.omniquant import OmniQuant
+from decoct.methods.quantize.omniquant_let import OmniQuantLET
 from decoct.methods.quantize.onebit import OneBit
 from decoct.methods.quantize.owq import OWQ
 from decoct.methods.quantize.pb_llm import PBLLM
@@ -54,6 +60,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "awq": AWQ,
     "awq_clip": AWQClip,
     "smoothquant": SmoothQuant,
+    "omniquant_let": OmniQuantLET,
     "inputs": Inputs,
     "llm_int8": LLMInt8,
     "squeezellm": SqueezeLLM,
@@ -61,6 +68,10 @@ METHODS: dict[str, type[AnyMethod]] = {
     "owq": OWQ,
     "qtip": QTIP,
     "autoround": AutoRound,
+    "flexround": FlexRound,
+    "lrq": LRQ,
+    "omniquant": OmniQuant,
+    "block_ap": BlockAP,
     "e2e_qp": E2EQP,
     "billm": BiLLM,
     "ternary": Ternary,
@@ -80,8 +91,10 @@ __all__ = [
     "AnyMethod",
     "BlockMethod",
     "BlockWeights",
+    "ByGroup",
     "CacheMethod",
     "EdgeScaling",
+    "Guided",
     "LinearCorrection",
     "LinearMethod",
     "ModelMethod",

@@ -27,8 +27,8 @@ class LinearMethod(ABC):
     quantizes_inputs: ClassVar[bool] = False
 
     @property
-    def stat(self) -> type[Any] | None:
-        """The statistic of the layer's inputs that it needs, or None if it needs no data.
+    def stat(self) -> Any:
+        """The kind of statistic of the layer's inputs that it needs (a class as in `stats`), or None: it needs no data.
 
         A class variable in most subclasses; a property where the settings decide.
         """

@@ -4,6 +4,8 @@ A weight is `scale * code`, `code = clip(round(position))`. Rounding has no grad
 to follow its argument ("straight-through", arXiv 1308.3432), except where it is clipped.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -40,6 +42,49 @@ def rounding_gradients(
     return of_position, code.mul_(gradient).sum(-1, keepdim=True)
 
 
+class GridGradients(NamedTuple):
+    """Gradients of a loss by everything that makes up weights on a grid, see `grid_gradients`.
+
+    Attributes:
+        position: by `position`, [rows, groups, size].
+        log_scale: by the scale's logarithm, in the scale's shape.
+        zero: by the zero point, in the scale's shape.
+    """
+
+    position: Tensor
+    log_scale: Tensor
+    zero: Tensor
+
+
+def grid_gradients(
+    gradient: Float[Tensor, "rows groups size"],
+    position: Float[Tensor, "rows groups size"],
+    scale: Float[Tensor, "scale_rows groups 1"],
+    low: Float[Tensor, "scale_rows groups 1"],
+    high: Float[Tensor, "scale_rows groups 1"],
+) -> GridGradients:
+    """Gradients where the scale also decides where weights lie: value = scale · clip(round(w / scale)).
+
+    A weight that is not clipped follows w alone, up to rounding, so the scale only gathers rounding errors from it
+    (arXiv 1902.08153). A zero point z shifts low and high, so it only moves what is clipped: by -scale for each unit.
+
+    Args:
+        gradient: of the loss by the values.
+        position: w / scale.
+        scale: one for each group, or one for the whole matrix.
+        low: the least code, counted from the zero point.
+        high: the greatest.
+    """
+    rounded = position.round()
+    code = rounded.clamp(low, high)
+    inside = code == rounded
+    scaled = gradient * scale
+    of_position = scaled * inside
+    of_scale = code.mul_(scaled).sub_(of_position * position)
+    of_zero = of_position - scaled
+    return GridGradients(of_position, of_scale.sum_to_size(scale.shape), of_zero.sum_to_size(scale.shape))
+
+
 def rounded_tokens(x: Float[Tensor, "*tokens n"], bits: int, clip: float) -> Float[Tensor, "*tokens n"]:
     """Each token's entries rounded to signed integers of so many bits times one scale; gradients pass straight through.
 
@@ -54,3 +99,24 @@ def rounded_tokens(x: Float[Tensor, "*tokens n"], bits: int, clip: float) -> Flo
     inside = torch.minimum(torch.maximum(x, -limit), limit)
     lost: Tensor = (inside / scale).round() * scale - inside
     return inside + lost.detach()
+
+
+def rounded_to_extremes(
+    x: Float[Tensor, "rows groups size"], bits: int, *, symmetric: bool
+) -> Float[Tensor, "rows groups size"]:
+    """Rounded to a grid that spans each group's extremes; gradients pass straight through, and through the span.
+
+    Zero stays on the grid. Scales are not rounded to 16 bits: what is learned from them is nearly the same.
+    """
+    top = 2**bits - 1
+    if symmetric:
+        scale = x.abs().amax(-1, keepdim=True) * (2 / top)
+        zero = torch.full_like(scale, 2.0 ** (bits - 1))
+    else:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / top
+        zero = (-low / scale.clamp(min=torch.finfo(x.dtype).tiny)).round().clamp(0, top).detach()
+    scale = torch.where(scale == 0, 1.0, scale)
+    position = x / scale
+    nearest = position + (position.round() - position).detach()
+    return nearest.clamp(-zero, top - zero) * scale

@@ -6,12 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decoct.engine.gradients import LOGITS_AT_ONCE
 from decoct.engine.runner import Runner
 from decoct.search.candidates import Candidates
 from decoct.search.target import Choice, Target
-
-LOGITS_AT_ONCE = 1 << 23
-"""Entries of one chunk of logits."""
 
 STATES_BYTES = 1 << 29
 """Of the hidden states that are held side by side, before a block and after it."""

@@ -9,10 +9,11 @@ import torch
 
 from decoct.engine.budget import Budget, format_size, product_rate, resident_bytes
 from decoct.engine.data import Data, check_length, check_source
+from decoct.engine.gradients import LOGITS_AT_ONCE
 from decoct.engine.plan import FIXED, MARGIN, Plan, make_plan
 from decoct.engine.stages import BlocksStage, Stage
 from decoct.model import Model
-from decoct.search.measure import LOGITS_AT_ONCE, STATES_BYTES
+from decoct.search.measure import STATES_BYTES
 from decoct.search.sensitivity import GRADIENTS_BYTES
 from decoct.search.settings import Search
 from decoct.search.solve import check_solver

@@ -15,11 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decoct.engine.activations import Activations
-from decoct.engine.runner import Runner
+from decoct.engine.gradients import Sweep, gradients
 from decoct.engine.stream import Event, OnEvent
 from decoct.search.candidates import Candidates
-from decoct.search.measure import LOGITS_AT_ONCE
 from decoct.search.target import Target
 
 Costs = dict[str, dict[int, float]]
@@ -81,7 +79,7 @@ class _Fisher:
     ) -> None:
         self._target, self._model, self._candidates, self._tokens = target, target.model, candidates, tokens
         self._seed, self._folder, self._costs, self._save, self._on_event = seed, folder, dict(known), save, on_event
-        self._runner = Runner(self._model, torch.float32)
+        self._sweep = Sweep(self._model, tokens, torch.float32, folder)
         self._searched = set(target.names)
         self._head_name = self._model.end_slots[-1].name  # lm_head, or the embedding that it is tied to
 
@@ -89,7 +87,7 @@ class _Fisher:
     def run(self) -> Costs:
         last = self._model.num_blocks
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._forwards()
+        self._sweep.forwards()
         for block in reversed(range(-1, self._done_down_to())):
             started = time.perf_counter()
             if block == last:
@@ -103,11 +101,10 @@ class _Fisher:
                     before = self._costs.get(name, {})
                     self._costs[name] = {bits: cost + before.get(bits, 0.0) for bits, cost in each.items()}
             else:
-                self._gradient.commit(block)
+                self._sweep.commit(block)
                 self._costs.update(found)
                 self._save(self._costs)
-                self._states("gradient").discard(block + 1)
-                self._states("probe").discard(block + 1)
+                self._sweep.discard(block)
             seconds = time.perf_counter() - started
             self._on_event(Event(f"gradients, {part}", last - block + 1, last + 2, None, seconds, 0))
         return self._costs
@@ -118,83 +115,36 @@ class _Fisher:
         for block in range(last + 1):
             prefix = self._model.prefix(block) if block < last else self._head_name
             known = all(name in self._costs for name in self._searched if name.startswith(prefix))
-            if known and self._states("gradient").path(block).exists():
+            if known and self._sweep.reached(block):
                 return block
         return last + 1
 
-    def _forwards(self) -> None:
-        """Save what enters each block, and what leaves the last one."""
-        model, runner, count = self._model, self._runner, len(self._tokens)
-        done = [b for b in range(model.num_blocks + 1) if self._states("probe").path(b).exists()]
-        if any(self._states("gradient").path(b).exists() for b in range(model.num_blocks + 1)):
-            return
-        if not done:
-            states = self._states("probe")
-            table = model.weight(model.family.embed).unpack(torch.float32)
-            states.begin()
-            for row in range(count):
-                states.write(row, runner.embed(self._tokens[row : row + 1], table))
-            states.commit(0)
-        for block in range(max(done, default=0), model.num_blocks):
-            states = self._states("probe").resume(block)
-            laid = runner.lay_out_given(block, self._given(block))
-            states.begin()
-            for row in range(count):
-                states.write(row, runner.run(block, laid, states.read(row, row + 1)))
-            states.commit(block + 1)
-
     def _head(self) -> Costs:
-        """From sampled labels to the gradient by the last block's output; costs of the projection if it is searched."""
-        name, states = self._head_name, self._states("probe").resume(self._model.num_blocks)
+        """Costs of the projection, if it is searched."""
+        name = self._head_name
         head = self._model.weight(name).unpack(torch.float32)
-        searched = name in self._searched
-        at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
         costs: Costs = {}
-        self._begin_gradient()
-        for row in range(len(self._tokens)):
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + row)
-            hidden = states.read(row, row + 1)
-            total = torch.zeros_like(head) if searched else None
-            for start in range(0, hidden.shape[1], at_once):
-                part = slice(start, start + at_once)
-                piece = hidden[:, part].clone().requires_grad_()
-                leaf = head.detach().requires_grad_(searched)
-                with torch.enable_grad():
-                    logits = self._runner.logits(piece, leaf)
-                slope = _label_gradient(logits.detach()[0], generator).unsqueeze(0)
-                found = _gradients(logits, [piece, leaf] if searched else [piece], slope)
-                hidden[:, part] = found[0]
-                if total is not None:
-                    total += found[1]
-            self._gradient.write(row, hidden)
-            if total is not None:
-                self._add(costs, {name: [total]})
+        for gradient in self._sweep.through_head(head, self._seed, of_head=name in self._searched):
+            if gradient is not None:
+                self._add(costs, {name: [gradient]})
         return costs
 
     def _block(self, block: int) -> Costs:
-        """The gradient by a block's input, and the costs of its matrices."""
+        """Costs of a block's matrices; gradients wait for their candidates, several sequences' together."""
         names = [self._model.prefix(block) + slot.name for slot in self._model.block_slots]
         searched = [name for name in names if name in self._searched]
-        given = self._given(block)
-        states, behind = self._states("probe").resume(block), self._states("gradient").resume(block + 1)
+        given = self._sweep.given(block)
         nbytes = sum(given[name].nbytes for name in searched)
         at_once = max(1, GRADIENTS_BYTES // nbytes) if searched else len(self._tokens)
         costs: Costs = {}
-        self._begin_gradient()
-        leaves = {name: given[name].requires_grad_() for name in searched}
-        for start in range(0, len(self._tokens), at_once):
-            waiting: dict[str, list[Tensor]] = {name: [] for name in searched}
-            for row in range(start, min(start + at_once, len(self._tokens))):
-                x = states.read(row, row + 1).requires_grad_()
-                with torch.enable_grad():
-                    y = self._runner.run(block, self._runner.lay_out_given(block, given), x)
-                slope, *each = _gradients(y, [x, *leaves.values()], behind.read(row, row + 1))
-                if not torch.isfinite(slope.sum()):
-                    raise ValueError(f"block {block}: gradients are not finite; the checkpoint or the text is damaged")
-                self._gradient.write(row, slope)
-                for name, gradient in zip(searched, each, strict=True):
-                    waiting[name].append(gradient)
-            self._add(costs, waiting)
+        leaves = [given[name].requires_grad_() for name in searched]
+        waiting: dict[str, list[Tensor]] = {name: [] for name in searched}
+        for row, each in enumerate(self._sweep.through_block(block, given, lambda: leaves)):
+            for name, gradient in zip(searched, each, strict=True):
+                waiting[name].append(gradient)
+            if (row + 1) % at_once == 0 or row + 1 == len(self._tokens):
+                self._add(costs, waiting)
+                waiting = {name: [] for name in searched}
         return costs
 
     def _embedding(self) -> Costs:
@@ -203,47 +153,18 @@ class _Fisher:
         if name not in self._searched:
             return costs
         table = self._model.weight(name).unpack(torch.float32).requires_grad_()
-        behind = self._states("gradient").resume(0)
+        behind = self._sweep.behind(-1)
         for row in range(len(self._tokens)):
             with torch.enable_grad():
-                x = self._runner.embed(self._tokens[row : row + 1], table)
-            self._add(costs, {name: _gradients(x, [table], behind.read(row, row + 1))})
+                x = self._sweep.runner.embed(self._tokens[row : row + 1], table)
+            self._add(costs, {name: gradients(x, [table], behind.read(row, row + 1))})
         return costs
 
-    def _add(self, costs: Costs, gradients: Mapping[str, Sequence[Tensor]]) -> None:
+    def _add(self, costs: Costs, found: Mapping[str, Sequence[Tensor]]) -> None:
         """Add what some sequences' gradients say of each candidate, in nats a token of all sequences."""
-        for name, found in gradients.items():
+        for name, gradients_of in found.items():
             original = self._model.weight(name).unpack(torch.float32)
             sums = costs.setdefault(name, dict.fromkeys(self._target.widths, 0.0))
             for bits in self._target.widths:
                 change = self._candidates.weight(name, bits).unpack(torch.float32).sub_(original)
-                sums[bits] += sum(row_cost(each, change) for each in found) / self._tokens.numel()
-
-    def _given(self, block: int) -> dict[str, Tensor]:
-        """All of a block's tensors, unpacked, by checkpoint name."""
-        model = self._model
-        names = [model.prefix(block) + slot.name for slot in model.block_slots]
-        given = {name: model.weight(name).unpack(torch.float32) for name in names}
-        return given | {name: model.tensor(name).float() for name in model.others(block)}
-
-    def _begin_gradient(self) -> None:
-        self._gradient = self._states("gradient")
-        self._gradient.begin()
-
-    def _states(self, name: str) -> Activations:
-        width = self._model.shape(self._model.family.embed)[1]
-        shape = (*self._tokens.shape, width)
-        return Activations(self._folder, shape, torch.float32, in_memory=False, name=name)
-
-
-def _label_gradient(logits: Float[Tensor, "tokens vocab"], generator: torch.Generator) -> Float[Tensor, "tokens vocab"]:
-    """Gradient of the negative log-likelihood of labels that these logits themselves draw, one a token."""
-    chances = torch.softmax(logits.float(), dim=-1)
-    labels = torch.multinomial(chances, 1, generator=generator)
-    return chances.scatter_add_(1, labels, torch.full(labels.shape, -1.0))
-
-
-def _gradients(y: Tensor, inputs: list[Tensor], slope: Tensor) -> list[Tensor]:
-    """Gradients by these inputs; zero by those that were not used, as an expert's that no token went to."""
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(y, inputs, slope, allow_unused=True)
-    return [torch.zeros_like(x) if each is None else each for x, each in zip(inputs, found, strict=True)]
+                sums[bits] += sum(row_cost(each, change) for each in gradients_of) / self._tokens.numel()

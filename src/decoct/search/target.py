@@ -8,7 +8,7 @@ from math import prod
 from decoct.engine.rehearse import rehearse
 from decoct.engine.rules import Assignment, Rule, assign
 from decoct.engine.stages import BlocksStage, Stage
-from decoct.methods import LinearMethod, Rotation
+from decoct.methods import Guided, LinearMethod, Rotation
 from decoct.model import Model
 from decoct.search.settings import WIDTHS, Search
 
@@ -139,6 +139,8 @@ def find_target(model: Model, stages: tuple[Stage, ...], search: Search) -> Targ
         )
     rules = {number: step for number, step in enumerate(stage.steps) if isinstance(step, tuple)}
     assigned = {number: assign(model, step) for number, step in rules.items()}
+    if any(isinstance(method, Guided) for each in assigned.values() for method in each.methods.values()):
+        raise ValueError("a search chooses bits without guided; leave it out, and add it to the recipe that is found")
     met: Counter[tuple[int, type[LinearMethod]]] = Counter()
     for number, each in assigned.items():
         for name, method in each.methods.items():

@@ -24,6 +24,7 @@ from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
+from decoct.weights.stacked import Stacked, stack
 from decoct.weights.sum import Sum
 from decoct.weights.ternary import Ternary
 from decoct.weights.trellis import Trellis
@@ -46,6 +47,7 @@ __all__ = [
     "Shared",
     "Sparse",
     "SparseInt",
+    "Stacked",
     "Sum",
     "Ternary",
     "Trellis",
@@ -60,6 +62,7 @@ __all__ = [
     "ready",
     "rebuild",
     "scale_index",
+    "stack",
     "tensor_specs",
     "trainable",
 ]

@@ -20,6 +20,7 @@ from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
+from decoct.weights.stacked import Stacked
 from decoct.weights.sum import Sum
 from decoct.weights.ternary import Ternary
 from decoct.weights.trellis import Trellis
@@ -29,7 +30,7 @@ WEIGHTS: dict[str, type[Weight]] = {
     cls.kind: cls
     for cls in (
         Dense, GroupInt, TwoLevelInt, FloatBlock, Codebook, Trellis, Rotated, Binary, Ternary, SparseInt,
-        Masked, Sparse, Columns, LowRank, Sum, QuantizedInput, Shared,
+        Masked, Sparse, Columns, LowRank, Sum, Stacked, QuantizedInput, Shared,
     )
 }  # fmt: skip
 

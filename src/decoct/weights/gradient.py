@@ -20,6 +20,7 @@ from decoct.weights.rotated import Rotated
 from decoct.weights.scaled import Scaled
 from decoct.weights.sparse import Sparse
 from decoct.weights.sparse_int import SparseInt
+from decoct.weights.stacked import Stacked
 from decoct.weights.sum import Sum
 from decoct.weights.ternary import Ternary
 from decoct.weights.trellis import Trellis
@@ -82,6 +83,9 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
             for number, term in enumerate(terms):
                 found.update(_named(f"terms.{number}", pull_back(term, g)))
             return found
+        case Stacked(parts=parts):
+            pairs = enumerate(zip(parts, weight.split(g), strict=True))
+            return {k: v for n, (part, rows) in pairs for k, v in _named(f"parts.{n}", pull_back(part, rows)).items()}
     return _of_own(weight, g)
 
 
