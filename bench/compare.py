@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from quantization import awq, grid
-from rows import HERE, KEYS, PROTOCOLS, Stages, decoct, linear, steps
+from quantization import awq, grid, steps
+from rows import HERE, KEYS, PROTOCOLS, Stages, decoct, linear
 
 TOOLS = {
     "llm-compressor": "peer_llmcompressor.py", "auto-round": "peer_autoround.py", "hqq": "peer_hqq.py",

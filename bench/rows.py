@@ -23,6 +23,7 @@ PROTOCOLS = {
     "quick": {"sequences": 32, "length": 512, "windows": 8, "window": 1024},
 }
 KEYS = ("perplexity", "base_perplexity", "kl_mean", "kl_p99", "kl_p999", "top1_agreement", "nbytes", "bits_per_weight")
+CACHE_KEYS = ("cache_bits", "cache_token_bytes")  # of rows with a policy for keys and values
 
 Stages = list[dict[str, Any]]
 Rows = Mapping[str, tuple[str, Stages]]
@@ -82,20 +83,21 @@ def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespa
         "row": row, "protocol": protocol_name,
         "calibration": f"{protocol['sequences']}x{protocol['length']} {args.calibration.name}",
         "evaluation": found["protocol"], **{key: found[key] for key in KEYS},
+        **{key: found[key] for key in CACHE_KEYS if found[key] is not None},
         "seconds": made["seconds"], "peak_bytes": made["peak_bytes"], "date": found["date"], "decoct": found["decoct"],
     }  # fmt: skip
 
 
 def table(measured: list[dict[str, Any]]) -> str:
     """Markdown, in the order of measuring."""
-    head = "| | perplexity | mean KL | KL 99 % | top-1 | bits per weight | seconds | peak memory |"
+    head = "| | perplexity | mean KL | KL 99 % | top-1 | bits per weight | bits a cached value | seconds | peak |"
     lines = [
         f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
-        f"| {100 * row['top1_agreement']:.1f} % | {row['bits_per_weight']:.2f} | {row['seconds']:.0f} "
-        f"| {row['peak_bytes'] / 2**20:.0f} MiB |"
+        f"| {100 * row['top1_agreement']:.1f} % | {row['bits_per_weight']:.2f} "
+        f"| {row.get('cache_bits', 16):.3g} | {row['seconds']:.0f} | {row['peak_bytes'] / 2**20:.0f} MiB |"
         for row in measured
     ]
-    return "\n".join([head, "|---" * 8 + "|", *lines])
+    return "\n".join([head, "|---" * 9 + "|", *lines])
 
 
 def decoct(*arguments: object) -> dict[str, Any]:
