@@ -6,7 +6,9 @@ import torch
 
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
+from decoct.engine.guidance import Layout
 from decoct.engine.plan import FIXED, MARGIN, Group, Plan
+from decoct.engine.plan_guidance import GuidancePlan
 from decoct.engine.runner import Runner, block_nbytes
 from decoct.methods import CacheMethod, Place
 from decoct.model import Model
@@ -38,9 +40,15 @@ def plan_cache(
     channels = model.family.head_size(model.config)
     for block, attention in enumerate(Runner(model, torch.float32).attentions()):
         method.check(channels, Place(block, attention.sliding_window, attention.frequencies))
-    learns = method.stat is not None
+    learns = method.learns
     if learns:
         check_length(data, model)
+        fewest = method.sinks + method.step
+        if data.sequence_length < fewest:
+            raise ValueError(
+                f"sequences of {data.sequence_length} tokens fill no group of {method.step} that the policy could learn "
+                f"from; set data.sequence_length={fewest} or more"
+            )
     dtype = dtype or (compute_dtype(model.dtype) if learns else model.dtype)
     width = model.shape(model.family.embed)[1]
     embedding = model.shape(model.family.embed)[0] * width * dtype.itemsize
@@ -49,6 +57,9 @@ def plan_cache(
         states = data.num_tokens * width * dtype.itemsize
         working += states + _HIDDEN_STATES * max(data.sequence_length, 2048) * width * dtype.itemsize
         working = max(working, writing_bytes(data, model))
+    slopes = GuidancePlan(model, Layout(({},) * model.num_blocks)) if method.by_gradients else None
+    if slopes is not None:
+        working = max(working, slopes.working_bytes(data, dtype))
     limit, peak = budget.host_limit(), int(MARGIN * (resident_bytes() + FIXED + working))
     if peak > limit:
         raise ValueError(
@@ -56,6 +67,7 @@ def plan_cache(
             f"{format_size(limit)}; raise budget.host, or set data.num_sequences to less"
         )
     seconds = 2.0 * model.num_parameters * data.num_tokens / (0.5 * product_rate(dtype)) if learns else 0.0
+    seconds = seconds if slopes is None else slopes.seconds(data, dtype)
     made = earlier[-1] if earlier else None
     plan = Plan(
         kind="cache",
@@ -70,7 +82,7 @@ def plan_cache(
         output_bytes=model.nbytes,
         reals={},
         unpacked_bytes=0,
-        scratch_bytes=0,
+        scratch_bytes=0 if slopes is None else slopes.scratch_bytes(data, dtype, 0),
         seconds=seconds,
     )
     return plan if made is None else replace(plan, output_bytes=made.output_bytes, reals=made.reals)
