@@ -52,7 +52,7 @@ def test_levels_are_the_best_for_what_the_loss_depends_on() -> None:
 
     def add(name: str, groups: torch.Tensor, by: torch.Tensor, count: int) -> None:
         for into, more in zip(found[name], places_and_weights(groups, by, count), strict=True):
-            into += more
+            into.extend(more)
 
     for head in range(2):
         add("key_levels", before[0, head, 2:10].T, slopes[0, head, 2:10].T, 3)

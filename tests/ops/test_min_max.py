@@ -60,7 +60,7 @@ LEVELS = {None: None, "learned": torch.tensor([0.02, 0.1, 0.3, 0.38, 0.5, 0.75, 
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("outliers", [0, 1, 5, 40])
 def test_levels_and_outliers_are_the_formula(levels: str | None, outliers: int) -> None:
-    """Keys: all channels of a head in a group of tokens are a vector; values: all heads of a token. 40: whole groups."""
+    """A vector is all channels of a head in a group of tokens, or a token's in all heads. 40: whole groups."""
     x = torch.randn(2, 2, 16, 24, generator=torch.Generator().manual_seed(outliers)).pow(3)
     table = LEVELS[levels]
     plain = None if table is None else table.double().tolist()

@@ -33,14 +33,17 @@ def held(groups: Groups, bits: int, levels: list[float] | None, count: int) -> G
         span = top * max(half((max(rest) - low) / top), 2.0**-24)
         nearest = [min(places, key=lambda level, x=x: abs(level - (x - low) / span)) for x in group]
         result.append(
-            [half(x) if (g, i) in aside else low + span * level for i, (x, level) in enumerate(zip(group, nearest))]
+            [
+                half(x) if (g, i) in aside else low + span * level
+                for i, (x, level) in enumerate(zip(group, nearest, strict=True))
+            ]
         )
     return result
 
 
 def least_error(values: list[float], weights: list[float], count: int) -> float:
-    """Of all choices of `count` levels, the least Σ weight·(value - nearest level)²: every way to cut the sorted list."""
-    pairs = sorted(zip(values, weights))
+    """The least Σ weight·(value - nearest level)² of all choices of `count` levels: every cut of the sorted list."""
+    pairs = sorted(zip(values, weights, strict=True))
     n = len(pairs)
     mass, moment, square = ([0.0, *accumulate(w * x**power for x, w in pairs)] for power in (0, 1, 2))
 
@@ -57,4 +60,4 @@ def least_error(values: list[float], weights: list[float], count: int) -> float:
 def error_of(values: list[float], weights: list[float], levels: list[float]) -> float:
     """Σ weight·(value - nearest level)²."""
     assert all(a <= b for a, b in pairwise(levels))
-    return sum(w * min((x - level) ** 2 for level in levels) for x, w in zip(values, weights))
+    return sum(w * min((x - level) ** 2 for level in levels) for x, w in zip(values, weights, strict=True))

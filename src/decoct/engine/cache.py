@@ -151,9 +151,7 @@ def _by_gradients(todo: CachePass, tokens: Int[Tensor, "sequences length"]) -> L
         sweep.commit(block)
         sweep.discard(block)
         part = "lm_head" if block == last else f"block {block}"
-        todo.on_event(
-            Event(f"gradients, {part}", last - block + 1, last + 1, None, time.perf_counter() - started, 0)
-        )
+        todo.on_event(Event(f"gradients, {part}", last - block + 1, last + 1, None, time.perf_counter() - started, 0))
     found = [read_json(todo.folder / _LEARNED.format(block)) for block in range(last)]
     return tuple({name: torch.tensor(numbers) for name, numbers in each.items()} for each in found)
 

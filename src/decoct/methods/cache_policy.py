@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from decoct.ops.min_max import pack_by_channel, pack_by_token, unpack_by_channel, unpack_by_token
 
-
 Heads = Float[Tensor, "batch heads tokens channels"]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from decoct.methods import METHODS, CacheMethod
 from decoct.model import CACHE_VERSION, Model
 
+_POLICIES = {name: cls for name, cls in METHODS.items() if issubclass(cls, CacheMethod)}
+
 Learned = tuple[dict[str, Tensor], ...]
 """What a policy learned from calibration, for each block; empty if it learns nothing."""
 
@@ -57,9 +59,7 @@ def read_policy(model: Model) -> Policy | None:
         return None
     try:
         ((name, settings),) = model.cache["policy"].items()
-        cls = METHODS[name]
-        if not issubclass(cls, CacheMethod):
-            raise TypeError(name)
+        cls = _POLICIES[name]
         method = cls(**{**cls.before, **settings})
         learned = tuple({key: torch.tensor(value) for key, value in each.items()} for each in model.cache["learned"])
     except (KeyError, TypeError, ValueError, AttributeError):

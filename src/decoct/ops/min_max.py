@@ -90,7 +90,7 @@ def by_channel(x: Float[Tensor, "batch heads tokens channels"], size: int) -> Fl
 
 def by_token(x: Float[Tensor, "batch heads tokens channels"], size: int) -> Float[Tensor, "batch tokens groups s"]:
     """Groups of `size` channels of each token, along the last axis, those of all heads side by side; float32."""
-    return x.float().transpose(1, 2).flatten(2).unflatten(2, (-1, size))
+    return x.float().transpose(1, 2).reshape(x.shape[0], x.shape[2], -1, size)
 
 
 def pack_by_channel(
@@ -144,7 +144,7 @@ def pack_by_token(
     if outliers:
         found, mask = set_aside(by_token(x, size), outliers)
         kept = {name: tensor.unsqueeze(1) for name, tensor in found.items()}
-        aside = mask.flatten(2).unflatten(2, (x.shape[1], -1)).transpose(1, 2).reshape(shape)
+        aside = mask.reshape(x.shape[0], x.shape[2], x.shape[1], -1).transpose(1, 2).reshape(shape)
     codes, step, low = pack_between(x.reshape(shape), bits, levels, aside)
     return {"codes": codes, "step": step, "low": low, **kept}
 

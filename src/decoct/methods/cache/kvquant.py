@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
@@ -119,7 +118,7 @@ class KVQuant(GroupedCache):
 
     def num_levels(self, name: str) -> int:
         """Of keys or of values."""
-        return 2 ** (self._key_bits if name == "key_levels" else self._value_bits)
+        return 1 << (self._key_bits if name == "key_levels" else self._value_bits)
 
     def _of(self, place: Place, name: str) -> Float[Tensor, " levels"] | None:
         return place.learned[name] if self.learns else None
@@ -140,11 +139,10 @@ class _Levels(Learner):
         start = 0 if self._place.sliding_window else method.sinks
         packed = slice(start, start + (keys.shape[2] - start) // size * size)
         before, by_keys = (_unturned(each[:, :, packed], self._place, start) for each in (keys, slopes[0]))
-        self._count(
-            "key_levels", by_channel(before, size), by_channel(by_keys, size), method.aside(before, size)
-        )
-        count = method.aside(values, values.shape[1])
-        self._count("value_levels", *(by_token(each[:, :, packed], size) for each in (values, slopes[1])), count)
+        outliers = method.aside(keys, size), method.aside(values, values.shape[1])
+        self._count("key_levels", by_channel(before, size), by_channel(by_keys, size), outliers[0])
+        of_tokens, by_values = (by_token(each[:, :, packed], size) for each in (values, slopes[1]))
+        self._count("value_levels", of_tokens, by_values, outliers[1])
 
     @override
     def learned(self) -> dict[str, Tensor]:
