@@ -44,6 +44,7 @@ def cache(**policy: Any) -> Stages:
     return [{"cache": policy}]
 
 
+PLAIN = {"levels": "uniform", "outliers": 0}
 TABLE = [{"linear": {"rtn": {"bits": 8, "group_size": "channel"}}}]
 GPTQ4 = [{"linear": {"gptq": grid(4)}}]
 CLIPPED = {"bits": 4, "group_size": "token", "clip_ratio": 0.9}
@@ -58,8 +59,6 @@ ROWS: Rows = {
     "kivi 4 bit, window 0": ("quick", cache(kivi={"bits": 4, "window": 0})),
     "kivi 2 bit, window 0": ("quick", cache(kivi={"bits": 2, "window": 0})),
     "kivi 2 bit": ("quick", cache(kivi={"bits": 2})),
-    "kvquant 4 bit, window 0": ("quick", cache(kvquant={"bits": 4, "window": 0})),
-    "kvquant 2 bit, window 0": ("quick", cache(kvquant={"bits": 2, "window": 0})),
     "rotated_int4, window 0": ("quick", cache(rotated_int4={"bits": 4, "window": 0})),
     "gptq w4a4": ("quick", inputs(GPTQ4, **CLIPPED)),
     "quarot, gptq w4a4": ("quick", inputs([{"quarot": {}}, *GPTQ4], **CLIPPED)),
@@ -83,6 +82,10 @@ for b in (4, 3, 2):
         f"gptaq {b} bit": ("quick", linear({"gptaq": grid(b)})),
         f"squeezellm {b} bit": ("quick", linear({"squeezellm": {"bits": b}})),
         f"gptq, then autoround {b} bit": ("quick", steps({"linear": {"gptq": grid(b)}}, {"autoround": {}})),
+        f"kvquant {b} bit, window 0": ("quick", cache(kvquant={"bits": b, "window": 0, **PLAIN})),
+        f"kvquant {b} bit, window 0, learned levels": ("quick", cache(kvquant={"bits": b, "window": 0, "outliers": 0})),
+        f"kvquant {b} bit, window 0, outliers": ("quick", cache(kvquant={"bits": b, "window": 0, "levels": "uniform"})),
+        f"kvquant {b} bit, window 0, both": ("quick", cache(kvquant={"bits": b, "window": 0})),
         f"gptq, then e2e_qp {b} bit": ("quick", then_tuned(linear({"gptq": grid(b)}))),
     }
 ROWS = {
