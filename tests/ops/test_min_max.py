@@ -46,6 +46,9 @@ def test_what_float16_cannot_hold_becomes_the_largest_that_it_can() -> None:
     found = round_trip(torch.tensor([[-1e30, 0.0, 1.0, 1e30]]), 8)
     assert bool(torch.isfinite(found).all())
     assert float(found[0, 0]) == -65504
+    levels = torch.tensor([0.0, 0.3, 0.7, 1.0])  # a span that is twice what float16 holds
+    codes, step, low = pack_between(torch.tensor([[-1e30, 0.0, 1.0, 1e30]]), 2, levels)
+    assert bool(torch.isfinite(unpack_between(codes, step, low, 2, 4, levels)).all())
 
 
 def test_its_bytes() -> None:

@@ -36,7 +36,7 @@ def ends(
     low = lowest.clamp(_HALF.min, _HALF.max).to(torch.float16)
     # From the rounded minimum, or the largest number might have no code.
     step = (highest.clamp(_HALF.min, _HALF.max) - low.float()) / steps
-    return step.clamp(min=_HALF.smallest_normal * _HALF.eps).to(torch.float16), low
+    return step.clamp(_HALF.smallest_normal * _HALF.eps, _HALF.max).to(torch.float16), low
 
 
 def pack_between(
