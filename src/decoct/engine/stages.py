@@ -15,6 +15,7 @@ from decoct.engine.plan_cache import plan_cache
 from decoct.engine.plan_tuning import plan_tuning
 from decoct.engine.rotate import rotated
 from decoct.methods import CacheMethod
+from decoct.methods.policy import policy_settings, read_policy
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
 
@@ -112,6 +113,25 @@ class RecipePlan:
         return sum(plan.seconds for plan in self.stages)
 
 
+def completed(model: Model, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """A recipe's stages; behind them the model's own key-value cache policy, if they make what it learned obsolete.
+
+    A policy that learned from calibration, as scales, did so on the model as it was. So it learns again, unless the
+    recipe has a policy itself. Doing this twice changes nothing.
+
+    Args:
+        model: what the recipe begins with.
+        stages: as the recipe has them.
+
+    Raises:
+        ValueError: the model's policy is damaged.
+    """
+    policy = read_policy(model)
+    if policy is None or not policy.method.learns or any(isinstance(stage, CacheStage) for stage in stages):
+        return stages
+    return (*stages, CacheStage(policy.method, {"cache": policy_settings(policy.method)}))
+
+
 def plan_stages(
     model: Model,
     stages: tuple[Stage, ...],
@@ -126,7 +146,7 @@ def plan_stages(
 
     Args:
         model: what the recipe begins with.
-        stages: in order.
+        stages: in order; `completed` adds what belongs behind them.
         data: calibration.
         budget: limits.
         out: output folder, to look at its disk; None: not looked at.
@@ -137,6 +157,7 @@ def plan_stages(
         ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning`, `plan_cache`,
             `check_disk`; or a calibration text that is not there.
     """
+    stages = completed(model, stages)
     plans: tuple[Plan, ...] = ()
     earlier: tuple[tuple[StepRules, ...], ...] = ()
     for number, stage in enumerate(stages):
