@@ -13,6 +13,7 @@ from decoct.ops.block_ldl import block_ldlq
 from decoct.ops.parallel import each_piece
 
 _ROWS = 288  # searched at a time: enough to outweigh the calls' fixed cost
+_CONVERGED = 1e-10  # of the first squared slope
 _PANEL = 128  # columns, about, between two updates of all errors by a large matrix product
 
 
@@ -213,7 +214,7 @@ def fit_codebooks(
 ) -> Float[Tensor, "books entries d"]:
     """Least squares for the entries, given the codes, by preconditioned conjugate gradients.
 
-    Every step lowers Σ weight·(w - ŵ)·H·(w - ŵ)ᵀ over rows, until it is as low as rounding allows.
+    Every step lowers Σ weight·(w - ŵ)·H·(w - ŵ)ᵀ over rows; it ends early where float32 can go no lower.
 
     Args:
         w: float32.
@@ -234,14 +235,17 @@ def fit_codebooks(
     left = seen(w - decode(codes, codebooks))
     steered = inverse * left
     direction, size = steered, (left * steered).sum()
+    enough = _CONVERGED * float(size)
     for _ in range(num_steps):
+        if float(size) <= enough:  # what is left is rounding, which further steps would blow up
+            break
         bent = seen(decode(codes, direction))
         length = size / (direction * bent).sum().clamp(min=tiny)
         codebooks = codebooks + length * direction
         left = left - length * bent
         steered = inverse * left
         before, size = size, (left * steered).sum()
-        direction = steered + size / before.clamp(min=tiny) * direction
+        direction = steered + size / before * direction
     return codebooks
 
 
