@@ -89,7 +89,7 @@ class AQLM(LinearMethod):
     def operations(self, shape: tuple[int, int]) -> float:
         """Searches in every round, k-means, least squares, and the factorization."""
         out, cols = shape
-        entries, vectors = 2 ** self._bits(shape), out * cols / self.vector
+        entries, vectors = 1 << self._bits(shape), out * cols / self.vector
         distances = entries * self.num_codebooks * (self.beam / 2 + _OTHER_DISTANCES)
         clustering = 100.0 * min(_SAMPLES, vectors) * entries * self.num_codebooks * _KMEANS_STEPS
         products = 2.0 * out * cols**2 * (2 + self.num_rounds * (_FIT_STEPS + 4)) + 2.0 * cols**3
@@ -174,7 +174,7 @@ class AQLM(LinearMethod):
         vectors = wanted.reshape(-1, self.vector)
         drawn = torch.randperm(len(vectors), generator=generator)[:_SAMPLES]
         weights = importance.reshape(-1, self.vector)[drawn % (wanted.shape[1] // self.vector)]
-        shape = (self.num_codebooks, 2 ** self._bits((wanted.shape[0], wanted.shape[1])))
+        shape = (self.num_codebooks, 1 << self._bits((wanted.shape[0], wanted.shape[1])))
         return residual_kmeans(vectors[drawn], weights, shape, num_steps=_KMEANS_STEPS, generator=generator)
 
 
