@@ -19,8 +19,8 @@ from decoct.weights import Additive, Masked, Sparse, Weight
 _SAMPLES, _KMEANS_STEPS = 1 << 14, 10  # for the first codebooks; least squares moves them on anyway
 _FIT_STEPS = 10  # of conjugate gradients, from the last codebooks on
 _VECTORS_AN_ENTRY = 4  # at least: with fewer, codebooks would be a copy of the matrix
-_SEARCH = 30.0  # operations a distance, and ...
-_OTHER_DISTANCES = 10  # ... distances that a search computes besides the beam's; both measured
+_SEARCH, _CLUSTERING = 200.0, 400.0  # measured, a distance, in operations of a matrix product that takes as long
+_OTHER_DISTANCES = 10  # to all entries, that a search computes besides the beam's
 
 
 class _Found(NamedTuple):
@@ -91,7 +91,7 @@ class AQLM(LinearMethod):
         out, cols = shape
         entries, vectors = 1 << self._bits(shape), out * cols / self.vector
         distances = entries * self.num_codebooks * (self.beam / 2 + _OTHER_DISTANCES)
-        clustering = 100.0 * min(_SAMPLES, vectors) * entries * self.num_codebooks * _KMEANS_STEPS
+        clustering = _CLUSTERING * min(_SAMPLES, vectors) * entries * self.num_codebooks * _KMEANS_STEPS
         products = 2.0 * out * cols**2 * (2 + self.num_rounds * (_FIT_STEPS + 4)) + 2.0 * cols**3
         return _SEARCH * vectors * distances * (1 + self.num_rounds) + clustering + products
 
