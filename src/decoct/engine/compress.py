@@ -45,6 +45,7 @@ class Job:
         budget: limits.
         out: output folder.
         fresh: discard what an unfinished run, or an earlier result of decoct, left there.
+        accept: told what the job is expected to make, before it does anything; raises ValueError to refuse it.
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Job:
     budget: Budget
     out: Path
     fresh: bool = False
+    accept: Callable[[Model], None] = field(default=lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ def compress_job(job: Job, watch: Watch) -> Result:
         return read_result(job.out)
     check_output(job, run)
     plan = _plan(job)
+    if plan.result is not None:
+        job.accept(plan.result)
     with exclusive(run):
         if job.fresh:
             discard(job.out, run)
