@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from decoct.engine.compress import Job, Watch, compress_job, is_result_of
+from decoct.engine.data import check_text
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.engine.summary import Result
 from decoct.evaluation import Measurement, evaluate_model
@@ -147,8 +148,11 @@ def plan(
         ValueError: anything that would stop the run later.
     """
     parsed = load_recipe(recipe, settings)
-    found = plan_stages(open_model(model), parsed.stages, parsed.data, parsed.budget, out)
+    opened = open_model(model)
+    found = plan_stages(opened, parsed.stages, parsed.data, parsed.budget, out)
     _check_exports(found, parsed)
+    if found.needs_data:
+        check_text(parsed.data, opened)
     return found
 
 
@@ -178,6 +182,7 @@ def plan_search(
     alike = with_rules(parsed, target.stage, target.step, rules)
     planned = plan_stages(opened, alike.stages, alike.data, alike.budget, None)
     _check_exports(planned, alike)
+    check_text(alike.data, opened)
     return found, planned
 
 

@@ -93,7 +93,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
     with exclusive(run):
         if job.fresh:
             discard(job.out, run)
-        check_source_tensors(job.model, thorough=plan.needs_data)
+        check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
         events: list[list[Event]] = []
         model = job.model
@@ -253,16 +253,14 @@ def _has_journal(run: Path) -> bool:
     return any(run.glob(f"stage-*/{JOURNAL}"))
 
 
-def check_source_tensors(model: Model, *, thorough: bool) -> None:
-    """Find damage before hours are spent: checksums where there are any, NaN before a long run.
+def check_source_tensors(model: Model) -> None:
+    """Find damage before hours are spent: checksums where there are any, and numbers that are none.
 
     Raises:
         ValueError: something is damaged.
     """
     if isinstance(model.source, FolderSource):
         model.source.verify()
-    if not thorough:
-        return
     for name in model.source.names():
         tensor = model.source.read(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):

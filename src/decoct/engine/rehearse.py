@@ -217,7 +217,10 @@ def _kept(verdicts: tuple[_Verdict, ...]) -> Chain:
 def _check_order(model: Model, name: str, course: tuple[Chain, ...]) -> None:
     for chain in course:
         if name == model.family.embed and any(method.stat is not None for method in chain):
-            raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
+            both = ", and lm_head is tied to it" if model.tied else ""
+            raise ValueError(
+                f"{name}: an embedding has no input statistics{both}; use a method without data, such as rtn"
+            )
         slot = model.slots()[name]
         if any(isinstance(m.stat, ByGroup) for m in chain) and (slot.expert is not None or slot.protected):
             raise ValueError(
