@@ -36,7 +36,7 @@ UNFIT: dict[str, tuple[list[dict[str, Any]], int, str]] = {
     "gptq, group": (
         blocks({"linear": {"gptq": {}}}),
         1,
-        "group_size 64 does not divide 172 input features; use one of",
+        "group_size 64 does not divide 172 input features; use",
     ),
     "gptq, no group": (blocks({"linear": {"gptq": {"group_size": 0}}}), 2, "group_size must be a positive number"),
     "qtip, bits": (blocks({"linear": {"qtip": {"bits": 5}}}), 2, "qtip: bits must be 1 to 4, not 5"),
@@ -53,7 +53,7 @@ UNFIT: dict[str, tuple[list[dict[str, Any]], int, str]] = {
     "block_ap, bits": (blocks({"block_ap": {"bits": 1}}), 2, "bits"),
     "quarot, role": (blocks({"quarot": {"online": ["mlp.middle"]}}), 1, "online: this model has no role 'mlp.middle'"),
     "quarot, late": (blocks(R4, {"quarot": {}}), 1, "let it be the first of its blocks list"),
-    "kivi, heads": ([{"cache": {"kivi": {"group_size": 64}}}], 1, "64"),
+    "kivi, heads": ([{"cache": {"kivi": {"group_size": 64}}}], 1, "group_size 64 does not divide heads of 8"),
     "kivi, bits": ([{"cache": {"kivi": {"bits": 9}}}], 2, "bits"),
     "inputs, bits": (blocks(R4, {"linear": {"inputs": {"bits": 16}}}), 2, "bits must be 2 to 8, not 16"),
     "inputs, group": (blocks(R4, {"linear": {"inputs": {"group_size": 64}}}), 1, "does not divide 172 input features"),
