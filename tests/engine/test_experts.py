@@ -15,7 +15,7 @@ from decoct.engine.compress import Watch, calibration_tokens
 from decoct.model import Model, open_model
 from decoct.stats import Gram
 from tests.arch.test_families import our_logits
-from tests.engine.running import GPTQ, Settings, make_base, make_job, run
+from tests.engine.running import GPTQ, make_base, make_job, run
 
 MIXTURES = pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 EXPERTS: dict[str, tuple[str, str, str, str]] = {
@@ -80,16 +80,16 @@ def test_each_experts_statistics_are_of_its_own_tokens(
 
 @MIXTURES
 def test_starved_experts_are_compressed_without_data(name: str, tmp_path: Path) -> None:
-    """They are reported, and what they get is what rounding to nearest gives; the others learn from their tokens."""
-    base = make_base(tmp_path, name)
+    """They are reported, and get what rounding to nearest on the same grid gives; the others learn from tokens."""
+    base = make_base(tmp_path, name, num_hidden_layers=1)
     starved = set(run(base, tmp_path / "gptq", GPTQ, data=FEW).starved)
-    run(base, tmp_path / "rtn", {"linear": {"rtn": {"bits": 4, "group_size": 8}}})
+    run(base, tmp_path / "rtn", {"linear": {"rtn": {"bits": 4, "group_size": 8, "clip_search": True}}})
     learned, plain = open_model(tmp_path / "gptq"), open_model(tmp_path / "rtn")
     experts = {n for n, slot in learned.slots().items() if slot.expert is not None}
     assert 0 < len(starved) < len(experts)
     assert starved < experts
-    same = {n for n in experts if torch.equal(learned.weight(n).unpack(), plain.weight(n).unpack())}
-    assert same == starved
+    differ = {n: float((learned.weight(n).unpack() != plain.weight(n).unpack()).float().mean()) for n in experts}
+    assert all((share < 0.01) == (n in starved) for n, share in differ.items()), differ
 
 
 @MIXTURES

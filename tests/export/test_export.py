@@ -12,6 +12,7 @@ import torch
 from decoct.exporters import export_model
 from decoct.exporters.compressed_tensors import _pack
 from decoct.model import open_model
+from decoct.ops.input_grid import InputGrid
 from decoct.weights import FloatBlock, Masked
 from tests.arch.test_families import our_logits
 from tests.engine.running import make_base, run
@@ -134,6 +135,27 @@ def test_rounded_inputs_in_transformers(scheme: str, tmp_path: Path) -> None:
     else:
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
         assert float((ours - plain).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_symmetric_inputs_differ_by_half_a_code(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's scale is max|x| / (2^(b-1) - 1) here and max|x| / (2^(b-1) - 1/2) there; nothing else is different.
+
+    With the other divisor our logits are theirs, but for a token's largest input: it then lies between two codes.
+    """
+    base = make_base(tmp_path)
+    model = open_model(run(base, tmp_path / "out", W8, {"linear": {"inputs": {"bits": bits}}}).folder)
+    export_model(model, "compressed_tensors", tmp_path / "ct")
+    tokens = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+    theirs = foreign_logits(tmp_path / "ct", tokens, tmp_path)
+    ours, plain = rounded_logits(model), rounded_logits(model, plain=True)
+    assert InputGrid(bits=bits).largest == 2 ** (bits - 1) - 1
+    monkeypatch.setattr(InputGrid, "largest", 2 ** (bits - 1) - 0.5)
+    alike = rounded_logits(model)
+    near, far, lost = (float((a - b).abs().median()) for a, b in ((alike, theirs), (ours, theirs), (ours, plain)))
+    assert near < 0.2 * far, "the divisor explains the difference"
+    assert far < 2 * lost, "which is no larger than what rounding costs"
 
 
 @pytest.mark.parametrize(
