@@ -212,7 +212,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ({"hqq": {"group_size": 8}}, "integers with real zero points .quantize with zero: integer"),
+        ({"hqq": {"group_size": 8}}, "integers with real zero points; quantize with zero: integer"),
         ({"mxfp": {"format": "mxfp4", "group_size": 16}}, "e2m1 numbers with e8m0 scales for blocks of 16"),
         ({"mxfp": {"format": "fp8", "group_size": 16}}, "e4m3 numbers with real scales for blocks of 16"),
     ],
