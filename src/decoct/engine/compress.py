@@ -45,6 +45,7 @@ class Job:
         budget: limits.
         out: output folder.
         fresh: discard what an unfinished run, or an earlier result of decoct, left there.
+        accept: told what the job is expected to make, before it does anything; raises ValueError to refuse it.
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Job:
     budget: Budget
     out: Path
     fresh: bool = False
+    accept: Callable[[Model], None] = field(default=lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,12 @@ def compress_job(job: Job, watch: Watch) -> Result:
     if len(job.stages) > len(given):
         (name,) = job.stages[-1].description["cache"]
         watch.message(f"{name} learns again at the end: what was saved with the model is of the weights as they were")
+    if plan.result is not None:
+        job.accept(plan.result)
     with exclusive(run):
         if job.fresh:
             discard(job.out, run)
-        check_source_tensors(job.model, thorough=plan.needs_data)
+        check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
         events: list[list[Event]] = []
         model = job.model
@@ -259,16 +263,14 @@ def _has_journal(run: Path) -> bool:
     return any(run.glob(f"stage-*/{JOURNAL}"))
 
 
-def check_source_tensors(model: Model, *, thorough: bool) -> None:
-    """Find damage before hours are spent: checksums where there are any, NaN before a long run.
+def check_source_tensors(model: Model) -> None:
+    """Find damage before hours are spent: checksums where there are any, and numbers that are none.
 
     Raises:
         ValueError: something is damaged.
     """
     if isinstance(model.source, FolderSource):
         model.source.verify()
-    if not thorough:
-        return
     for name in model.source.names():
         tensor = model.source.read(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):

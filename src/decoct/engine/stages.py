@@ -1,7 +1,7 @@
 """What a recipe consists of, and the plan of all of it: a hopeless recipe is refused before its first stage runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from decoct.engine.plan_cache import plan_cache
 from decoct.engine.plan_tuning import plan_tuning
 from decoct.engine.rotate import rotated
 from decoct.methods import CacheMethod
-from decoct.methods.policy import policy_settings, read_policy
+from decoct.methods.policy import describe_policy, policy_settings, read_policy
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
 
@@ -68,9 +68,12 @@ class RecipePlan:
 
     Attributes:
         stages: each stage's plan, in order; a later one counts with what the earlier ones are expected to make.
+        result: the model that it is expected to make, its weights described but not there; None: that shows only in
+            the run, where an earlier run's weights are compressed further.
     """
 
     stages: tuple[Plan, ...]
+    result: Model | None
 
     @property
     def num_parameters(self) -> int:
@@ -176,7 +179,17 @@ def plan_stages(
             earlier += (stage.steps,)
         if plans[-1].needs_data:
             check_source(data)
-    found = RecipePlan(plans)
+    found = RecipePlan(plans, _result(model, stages[-1], plans))
     if out is not None:
         check_disk(plans, out, budget.scratch, fresh=fresh)
     return found
+
+
+def _result(model: Model, last: Stage, plans: tuple[Plan, ...]) -> Model | None:
+    """What comes of it; `model` is in the basis that the stages set. Only passes change what weights are."""
+    passes = [plan for plan in plans if plan.kind == "blocks"]
+    described = passes[-1].described if passes else model.described
+    if described is None:
+        return None
+    cache = describe_policy(last.method, ()) if isinstance(last, CacheStage) else model.cache
+    return replace(model, described=described, cache=cache)
