@@ -44,6 +44,7 @@ def cache(**policy: Any) -> Stages:
     return [{"cache": policy}]
 
 
+UNIFORM = {"window": 0, "levels": "uniform", "outliers": 0}
 RTN8 = [{"linear": {"rtn": {"bits": 8, "group_size": "channel"}}}]
 RTN4, GPTQ4 = [{"linear": {"rtn": grid(4)}}], [{"linear": {"gptq": grid(4)}}]
 CLIPPED = {"bits": 4, "group_size": "token", "clip_ratio": 0.9}
@@ -71,7 +72,9 @@ ROWS: Rows = {
     # The cache alone; with a window of 0 no key or value is spared but those that do not fill a group.
     **{f"kivi {b} bit, window 0": ("quick", cache(kivi={"bits": b, "window": 0})) for b in (8, 4, 2)},
     "kivi 2 bit": ("quick", cache(kivi={"bits": 2})),
-    **{f"kvquant {b} bit, window 0": ("quick", cache(kvquant={"bits": b, "window": 0})) for b in (4, 2)},
+    **{f"kvquant {b} bit, window 0": ("quick", cache(kvquant={"bits": b, "window": 0})) for b in (4, 3, 2)},
+    **{f"kvquant {b} bit, window 0, uniform": ("quick", cache(kvquant={"bits": b, **UNIFORM})) for b in (4, 2)},
+    "kvquant 2 bit, window 0, no outliers": ("quick", cache(kvquant={"bits": 2, "window": 0, "outliers": 0})),
     **{f"rotated_int4 {b} bit, window 0": ("quick", cache(rotated_int4={"bits": b, "window": 0})) for b in (8, 4, 2)},
     "fp8_cache": ("quick", cache(fp8_cache={})),
 }  # fmt: skip

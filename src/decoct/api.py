@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from decoct.engine.compress import Job, Watch, compress_job, is_result_of
+from decoct.engine.data import check_text
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.engine.summary import Result
 from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
-from decoct.exporters import check_format, export_model
+from decoct.exporters import check_expected, check_format, export_model
 from decoct.methods import METHODS
 from decoct.methods.policy import read_policy
 from decoct.model import Model, open_model
@@ -147,7 +148,12 @@ def plan(
         ValueError: anything that would stop the run later.
     """
     parsed = load_recipe(recipe, settings)
-    return plan_stages(open_model(model), parsed.stages, parsed.data, parsed.budget, out)
+    opened = open_model(model)
+    found = plan_stages(opened, parsed.stages, parsed.data, parsed.budget, out)
+    _check_exports(found, parsed)
+    if found.needs_data:
+        check_text(parsed.data, opened)
+    return found
 
 
 def plan_search(
@@ -174,7 +180,10 @@ def plan_search(
     fitting = [b for b in target.widths if 8 * sum(target.sizes(b).values()) / target.entries <= found.wanted_bits]
     rules = target.rules(dict.fromkeys(target.names, max(fitting, default=target.widths[0])))
     alike = with_rules(parsed, target.stage, target.step, rules)
-    return found, plan_stages(opened, alike.stages, alike.data, alike.budget, None)
+    planned = plan_stages(opened, alike.stages, alike.data, alike.budget, None)
+    _check_exports(planned, alike)
+    check_text(alike.data, opened)
+    return found, planned
 
 
 def compress(
@@ -207,10 +216,11 @@ def compress(
     """
     parsed = load_recipe(recipe, settings)
     folder = Path(out)
-    job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh)
+    job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh, _accept(parsed.export))
     about = "Written by decoct."
     if parsed.search is not None:
-        plan_stages(job.model, job.stages, job.data, job.budget, folder)  # refuse before the search what it cannot mend
+        # What the search cannot mend is refused before it.
+        _check_exports(plan_stages(job.model, job.stages, job.data, job.budget, folder), parsed)
         target, found = find_bits(job, parsed.search, watch or Watch())
         on_found(found)
         parsed, fresh = with_rules(parsed, target.stage, target.step, target.rules(found.choice)), False
@@ -293,6 +303,21 @@ def list_methods() -> tuple[MethodInfo, ...]:
         settings = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
         found.append(MethodInfo(name, about, settings))
     return tuple(found)
+
+
+def _accept(export: Sequence[str]) -> Callable[[Model], None]:
+    """Refuses an expected result that one of these formats cannot hold."""
+
+    def check(result: Model) -> None:
+        for form in export:
+            check_expected(result, form)
+
+    return check
+
+
+def _check_exports(found: RecipePlan, recipe: Recipe) -> None:
+    if found.result is not None:
+        _accept(recipe.export)(found.result)
 
 
 def _check_format(to: str) -> None:

@@ -20,7 +20,7 @@ DESCRIPTIONS = "decoct"
 PART = "/"
 """Separates a slot's name from the name of one of its stored tensors: `….q_proj.weight/codes`."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Of the policy for keys and values in decoct.json; a reader refuses a later one."""
 
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")

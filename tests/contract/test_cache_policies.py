@@ -22,11 +22,11 @@ def states(scale: float = 1.0) -> torch.Tensor:
 def place(method: CacheMethod, seen: torch.Tensor) -> Place:
     """With what the policy learns from these keys and values."""
     frequencies = 10000.0 ** (-torch.arange(CHANNELS // 2) / (CHANNELS // 2))
-    if method.stat is None:
+    if not method.learns:
         return Place(frequencies=frequencies)
-    stat = method.stat.empty(HEADS * CHANNELS)
-    stat.add(seen.transpose(1, 2).flatten(2).flatten(0, 1))
-    return Place(frequencies=frequencies, learned=method.learn(stat, stat, HEADS))
+    learner = method.learner(Place(frequencies=frequencies))
+    learner.add(seen, seen, (torch.ones_like(seen), torch.ones_like(seen)) if method.by_gradients else None)
+    return Place(frequencies=frequencies, learned=learner.learned())
 
 
 def round_trip(method: CacheMethod, x: torch.Tensor, where: Place) -> tuple[torch.Tensor, torch.Tensor]:

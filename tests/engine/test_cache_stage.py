@@ -167,7 +167,7 @@ def test_what_was_learned_is_not_learned_again(
     def learn(*_: Any) -> None:
         raise AssertionError("the calibration ran again")
 
-    monkeypatch.setattr(cache, "_learn", learn)
+    monkeypatch.setattr(cache, "_forwards", learn)
     assert digests(run(base, tmp_path / "out", stages=stages).folder) == expected
 
 
@@ -217,7 +217,7 @@ def test_a_later_or_damaged_policy_is_refused(tmp_path: Path) -> None:
     out = run(base, tmp_path / "out", stages=[STAGE]).folder
     manifest = read_json(out / "decoct.json")
     for change, message in (
-        ({"format_version": 2}, r"policy has format 2, this decoct reads 1; install a newer decoct"),
+        ({"format_version": 3}, r"policy has format 3, this decoct reads 2; install a newer decoct"),
         ({"policy": {"kivi": {"bits": 99}}}, r"damaged key-value cache policy in decoct\.json"),
         ({"policy": {"nothing": {}}}, r"damaged key-value cache policy in decoct\.json"),
         ({"learned": [{}]}, "is for another model"),

@@ -288,6 +288,14 @@ def test_the_first_rule_that_matches_decides(base: Path) -> None:
     assert not any(name.startswith("model.layers.0.") for name in bits)
 
 
+def test_a_rule_with_a_share_may_match_nothing(base: Path) -> None:
+    """So that one recipe serves models with experts and without."""
+    experts = Rule(("moe.*",), None, min_share=0.001)
+    assert names(base, experts, Rule(("*",), gptq.GPTQ())) == names(base, Rule(("*",), gptq.GPTQ()))
+    with pytest.raises(ValueError, match="matches nothing"):
+        names(base, Rule(("moe.*",), None))
+
+
 def test_a_router_is_left_alone_unless_named(tmp_path: Path) -> None:
     base = make_base(tmp_path, "mixtral")
     everything = names(base, Rule(("*",), gptq.GPTQ()))

@@ -91,10 +91,11 @@ STEPS_OF: dict[str, tuple[Settings, ...]] = {
         {"linear": {"match": "attn.*", "eora": {"rank": 2}}},
     ),
     "trellis": ({"linear": {"match": "*", "qtip": {"bits": 2, "state_bits": 6}}},),
+    "codebooks": ({"linear": {"match": "*", "aqlm": {"code_bits": 3, "vector": 4}}},),
 }
 CASES = [
     *((name, "quantized") for name in ("llama", "llama-tied", "gpt2", "gemma2", "opt", "mixtral", "qwen3_moe")),
-    *(("llama", steps) for steps in ("sparse", "factors and a correction", "trellis")),
+    *(("llama", steps) for steps in ("sparse", "factors and a correction", "trellis", "codebooks")),
 ]
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from decoct.exporters import export_model
 from decoct.exporters.compressed_tensors import _pack
 from decoct.model import open_model
+from decoct.ops.input_grid import InputGrid
 from decoct.weights import FloatBlock, Masked
 from tests.arch.test_families import our_logits
 from tests.engine.running import make_base, run
@@ -136,6 +138,27 @@ def test_rounded_inputs_in_transformers(scheme: str, tmp_path: Path) -> None:
         assert float((ours - plain).abs().max()) > 0.01
 
 
+@torch.no_grad()
+def test_symmetric_inputs_differ_by_half_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's scale is max|x| / 127 here and max|x| / 127.5 there; that is most of the difference.
+
+    With the other divisor ours are nearly theirs: a token's largest input then lies between two codes, and may take
+    either.
+    """
+    base = make_base(tmp_path)
+    model = open_model(run(base, tmp_path / "out", W8, {"linear": {"inputs": {"bits": 8}}}).folder)
+    export_model(model, "compressed_tensors", tmp_path / "ct")
+    tokens = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)(tokens).logits
+    ours, plain = rounded_logits(model), rounded_logits(model, plain=True)
+    assert InputGrid(bits=8).largest == 127
+    monkeypatch.setattr(InputGrid, "largest", 127.5)
+    alike = rounded_logits(model)
+    near, far, lost = (float((a - b).abs().median()) for a, b in ((alike, theirs), (ours, theirs), (ours, plain)))
+    assert near < 0.2 * far, "the divisor explains the difference"
+    assert far < 2 * lost, "which is no larger than what rounding costs"
+
+
 @pytest.mark.parametrize(
     ("inputs", "reason"),
     [
@@ -189,7 +212,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ({"hqq": {"group_size": 8}}, "integers with real zero points .quantize with zero: integer"),
+        ({"hqq": {"group_size": 8}}, "integers with real zero points; quantize with zero: integer"),
         ({"mxfp": {"format": "mxfp4", "group_size": 16}}, "e2m1 numbers with e8m0 scales for blocks of 16"),
         ({"mxfp": {"format": "fp8", "group_size": 16}}, "e4m3 numbers with real scales for blocks of 16"),
     ],

@@ -15,6 +15,7 @@ RECIPES: dict[str, tuple[Settings, set[str]]] = {
     "squeezellm": ({"bits": 3, "outliers": 0.01}, {"Sum", "Codebook", "Sparse"}),
     "spqr": ({"bits": 3, "group_size": 8, "outlier_threshold": 0.01}, {"Sum", "TwoLevelInt", "Sparse"}),
     "owq": ({"bits": 4, "group_size": 8, "keep": 0.05}, {"Sum", "GroupInt", "Columns"}),
+    "aqlm": ({"code_bits": 3, "vector": 4}, {"Additive"}),
 }
 
 

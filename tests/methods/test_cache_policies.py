@@ -1,5 +1,7 @@
 """Policies for keys and values against their formulas; what each is for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -11,13 +13,13 @@ from decoct.methods.cache.kvquant import KVQuant
 from decoct.methods.cache.rotated_int4 import RotatedInt4
 from decoct.ops.hadamard import hadamard_matrix
 from decoct.ops.rope import turn
-from decoct.stats import AbsMax
 from tests.reference.min_max import back
 from tests.reference.minifloat import nearest, number
 from tests.reference.rope import turned
 
 FREQUENCIES = torch.tensor([1.0, 0.31, 0.1, 0.032, 0.01, 0.0032, 0.001, 0.00032])
 PLACE = Place(frequencies=FREQUENCIES)
+PLAIN = KVQuant(levels="uniform", outliers=0)
 
 
 def heads(tokens: int = 32, channels: int = 16, seed: int = 0) -> torch.Tensor:
@@ -46,7 +48,7 @@ def test_rope_is_the_formula_and_transformers(pairs: int) -> None:
 
 
 def test_kvquant_packs_keys_as_they_were_before_rope() -> None:
-    method, keys = KVQuant(bits=3, group_size=8), heads()
+    method, keys = replace(PLAIN, bits=3, group_size=8), heads()
     found = method.unpack_keys(method.pack_keys(keys, PLACE, 5), PLACE, 5)
     before = turn(keys.double(), FREQUENCIES, 5, inverse=True)
     for first in range(0, 32, 8):
@@ -61,7 +63,7 @@ def test_kvquant_pays_where_channels_are_alike_before_rope() -> None:
     before = heads(seed=1) * 0.2
     before[..., 1] += 6.0
     keys = turn(before, FREQUENCIES, 100)
-    assert key_error(KVQuant(group_size=16), keys, 100) < 0.2 * key_error(KIVI(group_size=16), keys, 100)
+    assert key_error(replace(PLAIN, group_size=16), keys, 100) < 0.2 * key_error(KIVI(group_size=16), keys, 100)
 
 
 def test_the_transform_is_hadamards_and_groups_are_a_tokens() -> None:
@@ -95,13 +97,10 @@ def test_rotation_fits_any_head() -> None:
 
 def test_fp8_learns_a_scale_for_each_head_and_saturates() -> None:
     method = FP8Cache(margin=2.0)
-    stats = []
-    for seed in (0, 1):
-        stat = AbsMax.empty(32)
-        for sequence in heads(seed=seed):
-            stat.add(sequence.transpose(0, 1).flatten(1))
-        stats.append(stat)
-    learned = method.learn(*stats, 2)
+    learner = method.learner(Place())
+    for keys, values in zip(heads(seed=0).split(1), heads(seed=1).split(1), strict=True):
+        learner.add(keys, values, None)
+    learned = learner.learned()
     torch.testing.assert_close(learned["key_scale"], heads(seed=0).abs().amax((0, 2, 3)) * 2 / 448)
     place = Place(learned=learned)
     keys = heads(seed=5) * 100
@@ -114,17 +113,19 @@ def test_fp8_learns_a_scale_for_each_head_and_saturates() -> None:
 
 
 def test_fp8_of_a_head_that_is_always_zero_and_of_damage() -> None:
-    method, zero = FP8Cache(), AbsMax.empty(4)
-    place = Place(learned=method.learn(zero, zero, 2))
-    keys = torch.zeros(1, 2, 3, 2)
+    method, keys = FP8Cache(), torch.zeros(1, 2, 3, 2)
+    learner = method.learner(Place())
+    learner.add(keys, keys, None)
+    place = Place(learned=learner.learned())
     assert torch.equal(method.unpack_keys(method.pack_keys(keys, place, 0), place, 0), keys)
+    learner.add(keys, keys + torch.inf, None)
     with pytest.raises(ValueError, match="not finite"):
-        method.learn(AbsMax(torch.tensor([1.0, float("inf")]), 1), zero, 1)
+        learner.learned()
 
 
-@pytest.mark.parametrize("method", [KIVI, KVQuant, RotatedInt4])
-def test_more_bits_lose_less(method: type[KIVI] | type[KVQuant] | type[RotatedInt4]) -> None:
-    errors = [key_error(method(bits=bits), heads()) for bits in (2, 4, 8)]
+@pytest.mark.parametrize("method", [KIVI(), PLAIN, RotatedInt4()])
+def test_more_bits_lose_less(method: KIVI | KVQuant | RotatedInt4) -> None:
+    errors = [key_error(replace(method, bits=bits), heads()) for bits in (2, 4, 8)]
     assert errors[0] > 8 * errors[1] > 64 * errors[2] > 0
 
 
@@ -136,6 +137,9 @@ def test_kvquant_needs_rotary_positions() -> None:
 def test_settings_out_of_range() -> None:
     for build, message in (
         (lambda: KVQuant(sinks=-1), "sinks must not be negative"),
+        (lambda: KVQuant(levels="even"), "levels must be uniform or nonuniform, not 'even'"),
+        (lambda: KVQuant(outliers=0.3), r"outliers is a share from 0 to 0.25, not 0.3"),
+        (lambda: KVQuant(outliers=-0.1), "outliers is a share"),
         (lambda: RotatedInt4(group_size="channel"), "must be a number or head"),
         (lambda: RotatedInt4(bits=9), "bits must be 2 to 8"),
         (lambda: FP8Cache(margin=0.5), "margin must be at least 1"),

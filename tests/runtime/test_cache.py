@@ -15,13 +15,19 @@ BATCH, HEADS, CHANNELS, TOKENS = 2, 3, 16, 45
 POLICIES: dict[str, CacheMethod] = {
     "kivi": KIVI(bits=4, group_size=8, window=10),
     "kivi2": KIVI(key_bits=2, value_bits=3, group_size=8, window=0),
-    "kvquant": KVQuant(bits=4, group_size=8, sinks=3, window=5),
+    "kvquant": KVQuant(bits=2, group_size=8, sinks=3, window=5, outliers=0.05),
+    "kvquant, uniform": KVQuant(bits=4, group_size=8, sinks=3, window=5, levels="uniform", outliers=0),
     "rotated_int4": RotatedInt4(),
     "rotated_int4 in groups": RotatedInt4(bits=2, group_size=8, window=6),
     "fp8_cache": FP8Cache(window=1),
 }
 FREQUENCIES = torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003])
-SCALES = {"key_scale": torch.tensor([0.03, 0.03, 0.04]), "value_scale": torch.tensor([0.01, 0.02, 0.03])}
+SCALES = {
+    "key_scale": torch.tensor([0.03, 0.03, 0.04]),
+    "value_scale": torch.tensor([0.01, 0.02, 0.03]),
+    "key_levels": torch.tensor([0.01, 0.3, 0.6, 0.97]),
+    "value_levels": torch.tensor([0.05, 0.4, 0.5, 1.0]),
+}
 PLACE = Place(frequencies=FREQUENCIES, learned=SCALES)
 EVERY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
@@ -132,6 +138,19 @@ def test_kivis_bytes_are_exact() -> None:
     assert held == (TOKENS - packed) * values // 2 * 4
     cache = filled(KIVI(key_bits=2, value_bits=8, group_size=8, window=0), PLACE, [40])
     assert cache.packed_nbytes == 40 * values // 2 * 5 // 4 + 2 * (40 * values // 2 // 8 * 4)
+
+
+def test_kvquants_bytes_are_exact() -> None:
+    """Codes, a step and a minimum for each group, and what is kept aside with its positions; no less is kept alive."""
+    cache = filled(POLICIES["kvquant"], PLACE, [20, 25])
+    packed, values = 32, BATCH * HEADS * CHANNELS
+    assert cache.num_packed == packed
+    groups = 2 * packed * values * 2 // 8 + 2 * packed * values // 8 * 4
+    of_keys = BATCH * HEADS * packed // 8 * 6 * (2 + 1)  # 6 of 128 in a head and 8 tokens
+    of_values = BATCH * packed * 2 * (2 + 1)  # 2 of a token's 48
+    assert cache.packed_nbytes == groups + of_keys + of_values
+    held = sum(t.untyped_storage().nbytes() for each in cache._packed or () for t in each.values())
+    assert held == cache.packed_nbytes
 
 
 @EVERY

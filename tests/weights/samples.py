@@ -10,6 +10,7 @@ from decoct.ops.grid import fit_grid, quantize
 from decoct.ops.input_grid import InputGrid, fixed_scale
 from decoct.ops.two_level import fit_two_level
 from decoct.weights import (
+    Additive,
     Binary,
     Codebook,
     Columns,
@@ -164,6 +165,21 @@ def codebook(
     return Codebook.of(codes.to(torch.uint8), table, dtype)
 
 
+def additive(
+    rows: int = OUT,
+    cols: int = IN,
+    books: int = 2,
+    bits: int = 3,
+    d: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Additive:
+    codes = torch.randint(0, 2**bits, (books, rows, cols // d), generator=torch.Generator().manual_seed(seed))
+    stored = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    codebooks = gaussian(books, 2**bits, d, seed=seed + 1, dtype=stored)
+    return Additive.of(codes.to(torch.uint8), codebooks, gaussian(rows, 1, seed=seed + 2).abs().to(stored), dtype)
+
+
 def columns(index: tuple[int, ...] = (3, 0, 17), dtype: torch.dtype = torch.float32) -> Columns:
     values = gaussian(OUT, len(index), seed=3, dtype=torch.bfloat16)
     return Columns.of(values, torch.tensor(index, dtype=torch.long), IN, dtype)
@@ -295,6 +311,13 @@ def samples() -> dict[str, Weight]:  # noqa: C901 - a list
     found["codebook4-last-table-shorter"] = codebook(14, IN, bits=4, tables=4, d=2, dtype=half)
     found["masked(codebook)"] = Masked.of(codebook(dtype=half), mask())
     found["sum(codebook,sparse)"] = Sum.of(codebook(), sparse(0.03))
+    for books, bits, d in ((1, 8, 8), (2, 8, 8), (3, 5, 6), (4, 1, 1), (1, 3, 24)):
+        found[f"additive-{books}x{bits}-d{d}"] = additive(books=books, bits=bits, d=d)
+    found["additive-bf16"] = additive(dtype=half)
+    found["additive-one-row"] = additive(1, 8)
+    found["low_rank(additive,additive)"] = LowRank.of(additive(OUT, RANK), additive(RANK, IN))
+    found["inputs(additive)"] = quantized_input(additive(), bits=4)
+    found["stacked(additive,additive)"] = Stacked.of(additive(5), additive(OUT - 5, seed=5))
     found["columns"] = columns()
     found["columns-none"] = columns(())
     found["sum(int,columns)-bf16"] = Sum.of(group_int(dtype=half), columns(dtype=half))

@@ -10,16 +10,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from decoct.engine.gradients import Sweep
 from decoct.engine.journal import Journal
 from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
 from decoct.engine.write import contents, shard_name, write_shard
-from decoct.methods import CacheMethod
+from decoct.methods import CacheMethod, Place
 from decoct.methods.policy import Learned, describe_policy
 from decoct.model import Model
 from decoct.store import read_json, write_json
 
 _POLICY = "policy.json"  # in the stage's folder: what will stand in decoct.json
+_LEARNED = "learned-{}.json"  # beside it, while gradients run: what was learned of a block
+_LABEL_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class CachePass:
         model: whose it becomes.
         tokens: calibration; None if the policy learns nothing.
         dtype: what blocks run in.
-        folder: where shards go.
+        folder: where shards go, and what was learned of a block.
+        scratch: for hidden states and gradients on the way.
         journal: what is done already.
         on_event: told of every part that is written.
     """
@@ -41,6 +45,7 @@ class CachePass:
     tokens: Int[Tensor, "sequences length"] | None
     dtype: torch.dtype
     folder: Path
+    scratch: Path
     journal: Journal
     on_event: OnEvent
 
@@ -53,7 +58,9 @@ def run_cache(todo: CachePass) -> None:
         ValueError: keys or values that are not finite.
     """
     if not (todo.folder / _POLICY).exists():
-        learned = () if todo.tokens is None else _learn(todo, todo.tokens)
+        learned: Learned = ()
+        if todo.tokens is not None:
+            learned = (_by_gradients if todo.method.by_gradients else _forwards)(todo, todo.tokens)
         write_json(todo.folder / _POLICY, describe_policy(todo.method, learned))
     model, parts = todo.model, list(contents(todo.model))
     transposed = {name for name, slot in model.slots().items() if slot.transposed}
@@ -75,45 +82,79 @@ def written_policy(folder: Path) -> Mapping[str, Any]:
 
 
 class _Listener:
-    """Stands where a cache stands, changes nothing, and adds keys and values to their statistics."""
+    """Stands where a cache stands, changes nothing, and keeps the keys and values that it was given last."""
 
-    def __init__(self, stat: type[Any]) -> None:
-        self._stat = stat
-        self.keys: Any = None
-        self.values: Any = None
-        self.heads = 0
+    def __init__(self) -> None:
+        self.seen: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """As they came."""
         del layer, args, kwargs
-        rows = [tensor.transpose(1, 2).flatten(2).flatten(0, 1) for tensor in (keys, values)]
-        if self.keys is None:
-            self.keys, self.values = (self._stat.empty(each.shape[1]) for each in rows)
-            self.heads = keys.shape[1]
-        self.keys.add(rows[0])
-        self.values.add(rows[1])
+        self.seen = (keys, values)
         return keys, values
 
     def mask(self, given: Tensor | None, num_tokens: int) -> Tensor | None:  # noqa: ARG002 - as a cache is asked
         """The model's own."""
         return given
 
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last run."""
+        assert self.seen is not None
+        return self.seen
 
-def _learn(todo: CachePass, tokens: Int[Tensor, "sequences length"]) -> Learned:
+
+def _forwards(todo: CachePass, tokens: Int[Tensor, "sequences length"]) -> Learned:
     """Run the model block by block on the calibration text; the policy learns from each block's keys and values."""
-    assert todo.method.stat is not None
     model, runner = todo.model, Runner(todo.model, todo.dtype)
     table = model.weight(model.family.embed).unpack(todo.dtype)
     hidden = torch.cat([runner.embed(sequence.unsqueeze(0), table) for sequence in tokens])
     size = runner.batch_size(*tokens.shape)
     learned = []
-    for block in range(model.num_blocks):
+    for block, place in enumerate(_places(runner)):
         names = [model.prefix(block) + slot.name for slot in model.block_slots]
         laid = runner.lay_out(block, {name: model.weight(name) for name in names})
-        listener = _Listener(todo.method.stat)
+        listener, learner = _Listener(), todo.method.learner(place)
         for start in range(0, len(hidden), size):
             hidden[start : start + size] = runner.run(block, laid, hidden[start : start + size], listener)
-        learned.append(todo.method.learn(listener.keys, listener.values, listener.heads))
+            learner.add(*listener.last(), None)
+        learned.append(learner.learned())
     return tuple(learned)
+
+
+def _by_gradients(todo: CachePass, tokens: Int[Tensor, "sequences length"]) -> Learned:
+    """The same with gradients of the model's own log-likelihood, from the last block to the first.
+
+    What is learned of a block is on disk before the gradient by its input counts as done, so that an interrupted run
+    goes on there.
+    """
+    model, last = todo.model, todo.model.num_blocks
+    todo.scratch.mkdir(parents=True, exist_ok=True)
+    sweep = Sweep(model, tokens, todo.dtype, todo.scratch)
+    done = next((block for block in range(last + 1) if sweep.reached(block)), last + 1)
+    sweep.forwards()
+    places = _places(sweep.runner)
+    for block in reversed(range(done)):
+        started = time.perf_counter()
+        if block == last:
+            head = model.weight(model.end_slots[-1].name).unpack(todo.dtype)
+            for _ in sweep.through_head(head, _LABEL_SEED, of_head=False):
+                pass
+        else:
+            listener, learner = _Listener(), todo.method.learner(places[block])
+            for slopes in sweep.through_block(block, sweep.given(block), listener.last, listener):
+                keys, values = (each.detach() for each in listener.last())
+                learner.add(keys, values, (slopes[0], slopes[1]))
+            learned = {name: tensor.tolist() for name, tensor in learner.learned().items()}
+            write_json(todo.folder / _LEARNED.format(block), learned)
+        sweep.commit(block)
+        sweep.discard(block)
+        part = "lm_head" if block == last else f"block {block}"
+        todo.on_event(Event(f"gradients, {part}", last - block + 1, last + 1, None, time.perf_counter() - started, 0))
+    found = [read_json(todo.folder / _LEARNED.format(block)) for block in range(last)]
+    return tuple({name: torch.tensor(numbers) for name, numbers in each.items()} for each in found)
+
+
+def _places(runner: Runner) -> list[Place]:
+    return [Place(block, each.sliding_window, each.frequencies) for block, each in enumerate(runner.attentions())]

@@ -23,7 +23,7 @@ from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, 
 from decoct.engine.learn_basis import Learning, learned_basis
 from decoct.engine.plan import Plan
 from decoct.engine.rotate import RotatedModel, rotated
-from decoct.engine.stages import CacheStage, ModelStage, RecipePlan, Stage, plan_stages
+from decoct.engine.stages import CacheStage, ModelStage, RecipePlan, Stage, completed, plan_stages
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
 from decoct.engine.summary import Result, read_result, write_summary
 from decoct.engine.tune import CHECKPOINT, Tuning, run_tuning
@@ -45,6 +45,7 @@ class Job:
         budget: limits.
         out: output folder.
         fresh: discard what an unfinished run, or an earlier result of decoct, left there.
+        accept: told what the job is expected to make, before it does anything; raises ValueError to refuse it.
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Job:
     budget: Budget
     out: Path
     fresh: bool = False
+    accept: Callable[[Model], None] = field(default=lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
         ValueError: anything the user can mend; one line that says what to do.
     """
     started = time.perf_counter()
+    given, job = job.stages, replace(job, stages=completed(job.model, job.stages))
     run, done = job.out / RUN_FOLDER, job.out / DONE_FOLDER
     if not job.fresh and is_result_of(job.out, job):
         shutil.rmtree(done, ignore_errors=True)  # what a process that was stopped at the very end left behind
@@ -86,10 +89,15 @@ def compress_job(job: Job, watch: Watch) -> Result:
         return read_result(job.out)
     check_output(job, run)
     plan = _plan(job)
+    if len(job.stages) > len(given):
+        (name,) = job.stages[-1].description["cache"]
+        watch.message(f"{name} learns again at the end: what was saved with the model is of the weights as they were")
+    if plan.result is not None:
+        job.accept(plan.result)
     with exclusive(run):
         if job.fresh:
             discard(job.out, run)
-        check_source_tensors(job.model, thorough=plan.needs_data)
+        check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
         events: list[list[Event]] = []
         model = job.model
@@ -142,13 +150,14 @@ def _run_stage(
         assert tokens is not None
         run_tuning(Tuning(stage.method, model, job.model, tokens, plan.dtype, staged, journal, note))
         return entry
+    scratch = scratch_folder(job.out, number, job.budget.scratch)
     if isinstance(stage, CacheStage):
-        run_cache(CachePass(stage.method, model, tokens, plan.dtype, staged, journal, note))
+        run_cache(CachePass(stage.method, model, tokens, plan.dtype, staged, scratch, journal, note))
+        _clear(scratch, staged)
         return entry
     if isinstance(model, RotatedModel) and isinstance(model.method, SpinQuant):
         assert tokens is not None
         model = replace(model, basis=learned_basis(Learning(model.method, model, tokens, plan.dtype, staged, note)))
-    scratch = scratch_folder(job.out, number, job.budget.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     todo = Pass(
         model=model,
@@ -163,11 +172,16 @@ def _run_stage(
         guidance=_guidance(plan, model, tokens, scratch, note),
     )
     run_pass(todo)
+    _clear(scratch, staged)
+    return entry
+
+
+def _clear(scratch: Path, staged: Path) -> None:
+    """Remove what a stage kept on the way."""
     for path in scratch.glob("*.bin"):
         path.unlink()
-    if scratch != staged:
+    if scratch != staged and scratch.exists():
         shutil.rmtree(scratch)
-    return entry
 
 
 def _guidance(plan: Plan, model: Model, tokens: Tensor | None, scratch: Path, note: OnEvent) -> Guidance | None:
@@ -249,16 +263,14 @@ def _has_journal(run: Path) -> bool:
     return any(run.glob(f"stage-*/{JOURNAL}"))
 
 
-def check_source_tensors(model: Model, *, thorough: bool) -> None:
-    """Find damage before hours are spent: checksums where there are any, NaN before a long run.
+def check_source_tensors(model: Model) -> None:
+    """Find damage before hours are spent: checksums where there are any, and numbers that are none.
 
     Raises:
         ValueError: something is damaged.
     """
     if isinstance(model.source, FolderSource):
         model.source.verify()
-    if not thorough:
-        return
     for name in model.source.names():
         tensor = model.source.read(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
@@ -280,8 +292,9 @@ def is_result_of(folder: Path, job: Job) -> bool:
     """Whether a folder holds the finished result of a job: the same stages on the same model with the same data."""
     if not (folder / MANIFEST).exists() or _has_journal(folder / RUN_FOLDER):
         return False
-    made = read_json(folder / MANIFEST)["lineage"][-len(job.stages) :]
-    if [entry["stage"] for entry in made] != json.loads(json.dumps([stage.description for stage in job.stages])):
+    stages = completed(job.model, job.stages)
+    made = read_json(folder / MANIFEST)["lineage"][-len(stages) :]
+    if [entry["stage"] for entry in made] != json.loads(json.dumps([stage.description for stage in stages])):
         return False
     data = {**job.data.model_dump(), "source": _text_name(job.data)}
     read = [{k: v for k, v in entry["data"].items() if k != "tokens"} for entry in made if entry["data"]]

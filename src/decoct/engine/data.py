@@ -56,11 +56,22 @@ def load_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
     tokens = text_tokens(data.source, model, data.num_tokens)
     if len(tokens) < data.num_tokens:
         most = len(tokens) // data.sequence_length
+        fewer = f"set data.num_sequences={most} or " if most else ""
         raise ValueError(
             f"{data.source} has {len(tokens)} tokens, {data.num_sequences} sequences of {data.sequence_length} need "
-            f"{data.num_tokens}; set data.num_sequences={most} or take a longer text"
+            f"{data.num_tokens}; {fewer}take a longer text"
         )
     return tokens[: data.num_tokens].reshape(data.num_sequences, data.sequence_length)
+
+
+def check_text(data: Data, model: Model) -> None:
+    """Refuse a text file that is too short, or no text. A hub dataset is not looked at: that takes a network.
+
+    Raises:
+        ValueError: as `load_tokens`.
+    """
+    if data.source != SELF and Path(data.source).expanduser().is_file():
+        load_tokens(data, model, lambda _: None)
 
 
 def check_length(data: Data, model: Model) -> None:
@@ -131,7 +142,8 @@ def _refuse_missing_file(source: str) -> None:
     """What looks like a file's path is no hub dataset."""
     path = Path(source).expanduser()
     if path.suffix or source.startswith((".", "/", "~")):
-        raise ValueError(f"{path} does not exist; give a text file, a hub dataset, or self")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {what}; give a text file, a hub dataset, or self")
 
 
 def load_tokenizer(model: Model) -> Any:

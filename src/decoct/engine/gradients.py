@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decoct.arch.hf import CacheLike
 from decoct.engine.activations import Activations
 from decoct.engine.runner import Runner
 from decoct.model import Model
@@ -96,7 +97,11 @@ class Sweep:
             yield total
 
     def through_block(
-        self, block: int, given: Mapping[str, Tensor], targets: Callable[[], Sequence[Tensor]]
+        self,
+        block: int,
+        given: Mapping[str, Tensor],
+        targets: Callable[[], Sequence[Tensor]],
+        cache: CacheLike | None = None,
     ) -> Iterator[list[Tensor]]:
         """From the gradient by a block's output to that by its input; for each sequence, those by `targets`.
 
@@ -104,6 +109,7 @@ class Sweep:
             block: its number.
             given: its tensors, as `given` has them.
             targets: called after each run of the block: what gradients are wanted by.
+            cache: what keys and values go through.
 
         Raises:
             ValueError: gradients that are not finite.
@@ -113,7 +119,7 @@ class Sweep:
         for row in range(len(self._tokens)):
             x = states.read(row, row + 1).requires_grad_()
             with torch.enable_grad():
-                y = self.runner.run(block, self.runner.lay_out_given(block, given), x)
+                y = self.runner.run(block, self.runner.lay_out_given(block, given), x, cache)
             slope, *each = gradients(y, [x, *targets()], behind.read(row, row + 1))
             if not torch.isfinite(slope.sum()):
                 raise ValueError(f"block {block}: gradients are not finite; the checkpoint or the text is damaged")

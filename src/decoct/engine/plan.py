@@ -9,6 +9,7 @@ import torch
 from decoct.engine.budget import Budget, compute_dtype, format_size, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
+from decoct.engine.expect import Described, expected_weights
 from decoct.engine.folding import touched
 from decoct.engine.plan_basis import learning
 from decoct.engine.plan_guidance import guided_plan
@@ -56,6 +57,8 @@ class Plan:
         scratch_bytes: most that activations take on disk at a time.
         seconds: a rough estimate.
         checkpoint_bytes: most that checkpoints of a method on the whole model take in the output folder at a time.
+        described: of a pass: predicted descriptions of all weights that will not be dense then; None: they show only
+            in the run.
         bits_per_weight: predicted, over all parameters.
     """
 
@@ -74,6 +77,7 @@ class Plan:
     scratch_bytes: int
     seconds: float
     checkpoint_bytes: int = 0
+    described: Described | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -107,8 +111,7 @@ def make_plan(
     model = rotated(model, steps)
     resolved = _resolve(model, steps)
     rehearsal = rehearse(model, [*(_resolve(model, stage) for stage in earlier), resolved])
-    chains = rehearsal.chains[-1]
-    paired = any(is_paired(step) for step in resolved)
+    chains, paired = rehearsal.chains[-1], any(is_paired(step) for step in resolved)
     scalings = tuple(step for step in resolved if isinstance(step, EdgeScaling))
     reading = any(method.stat is not None for methods in chains.values() for method in methods)
     learns = learning(model) if turned_slots(model, resolved) else None  # an earlier stage's are learned by then
@@ -117,8 +120,8 @@ def make_plan(
         check_length(data, model)
     dtype = dtype or (compute_dtype(model.dtype) if needs_data else model.dtype)
     work = Work(model, chains, scalings, paired, data if needs_data else None, dtype)
-    activations = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize if needs_data else 0
-    activations *= 2 if paired else 1  # of the model as it becomes and as it was
+    chains_of_states = 0 if not needs_data else 2 if paired else 1  # of the model as it becomes and as it was
+    activations = chains_of_states * data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize
     working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
     guides = guided_plan(model, resolved)
     before = [each for each in (learns, guides) if each is not None]  # what runs the whole model before the pass
@@ -140,6 +143,7 @@ def make_plan(
         scratch_bytes=2 * activations if guides is None else guides.scratch_bytes(data, dtype, 2 * activations),
         seconds=time_taken(work) + sum(each.seconds(data, dtype) for each in before),
         checkpoint_bytes=2 * learns.checkpoint_bytes if learns is not None else 0,
+        described=expected_weights(model, rehearsal),
     )
 
 

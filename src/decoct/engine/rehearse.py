@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from decoct.engine.rules import Assignment, Method, Resolved, reads_pairs
 from decoct.methods import BlockMethod, ByGroup, EdgeScaling, LinearCorrection, Rotation
 from decoct.model import Model
 from decoct.ops.grid import stored_scale_dtype
-from decoct.weights import Dense, Rotated, Weight, for_training, rebuild, tensor_specs, trainable
+from decoct.weights import Dense, Rotated, Weight, describe, for_training, rebuild, tensor_specs, trainable
 
 Steps = tuple[Resolved, ...]
 """The steps of one stage."""
@@ -52,12 +52,14 @@ class Made(NamedTuple):
         reals: how many real numbers are among what is stored.
         unpacked: bytes that it takes more while it is trained.
         quantizes_inputs: whether its inputs are rounded.
+        forms: descriptions of what they make of three shapes: square, twice as tall, twice as wide.
     """
 
     nbytes: Sizes
     reals: Sizes
     unpacked: Sizes
     quantizes_inputs: bool
+    forms: tuple[tuple[Shape, dict[str, Any]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,10 @@ def _kept(verdicts: tuple[_Verdict, ...]) -> Chain:
 def _check_order(model: Model, name: str, course: tuple[Chain, ...]) -> None:
     for chain in course:
         if name == model.family.embed and any(method.stat is not None for method in chain):
-            raise ValueError(f"{name}: an embedding has no input statistics; use a method without data, such as rtn")
+            both = ", and lm_head is tied to it" if model.tied else ""
+            raise ValueError(
+                f"{name}: an embedding has no input statistics{both}; use a method without data, such as rtn"
+            )
         slot = model.slots()[name]
         if any(isinstance(m.stat, ByGroup) for m in chain) and (slot.expert is not None or slot.protected):
             raise ValueError(
@@ -285,7 +290,8 @@ def _try(course: tuple[Chain, ...], start: _Start, name: str) -> tuple[_Verdicts
         terms = torch.tensor([[out * cols, out, cols] for out, cols in shapes], dtype=torch.float64)
         counts = torch.tensor([_counts(made) for _, made in done], dtype=torch.float64)
         nbytes, reals, unpacked = (Sizes(*found) for found in torch.linalg.solve(terms, counts).T.tolist())
-        return done[0][0], Made(nbytes, reals, unpacked, done[0][1].quantizes_inputs)
+        forms = tuple((shape, describe(made)) for shape, (_, made) in zip(shapes, done, strict=True))
+        return done[0][0], Made(nbytes, reals, unpacked, done[0][1].quantizes_inputs, forms)
     raise ValueError(f"{name}: these settings fit no matrix up to {_WIDTHS[-1]} wide: {misfit}")
 
 

@@ -22,7 +22,8 @@ class Rule:
         match: shell patterns. Each is compared with a slot's role ("mlp.down"), its address ("3.mlp.down", the block
             first) and its full name. Routers, embeddings and lm_head match only a pattern that is their role or name.
         method: what to do, or None.
-        min_share: apply only if the matching slots hold at least this fraction of the model's parameters.
+        min_share: apply only if the matching slots hold at least this fraction of the model's parameters. Where it is
+            above 0, a rule may match nothing: it is for models that have such slots.
     """
 
     match: tuple[str, ...] = ("*",)
@@ -68,7 +69,7 @@ def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
     """Resolve a step's rules.
 
     Raises:
-        ValueError: a rule matches nothing.
+        ValueError: a rule that applies whatever its share matches nothing.
     """
     slots = model.slots()
     total = model.num_parameters
@@ -76,7 +77,7 @@ def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
     decided: dict[str, Method | None] = {}
     for rule in rules:
         hits = [name for name, slot in slots.items() if _matches(rule, slot, addresses[name])]
-        if not hits:
+        if not hits and not rule.min_share:
             roles = sorted({slot.role for slot in slots.values()})
             raise ValueError(f"rule {', '.join(rule.match)!r} matches nothing; this model's roles: {', '.join(roles)}")
         share = sum(prod(model.shape(name)) for name in hits) / total

@@ -1,7 +1,7 @@
 """What a recipe consists of, and the plan of all of it: a hopeless recipe is refused before its first stage runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from decoct.engine.plan_cache import plan_cache
 from decoct.engine.plan_tuning import plan_tuning
 from decoct.engine.rotate import rotated
 from decoct.methods import CacheMethod
+from decoct.methods.policy import describe_policy, policy_settings, read_policy
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
 
@@ -67,9 +68,12 @@ class RecipePlan:
 
     Attributes:
         stages: each stage's plan, in order; a later one counts with what the earlier ones are expected to make.
+        result: the model that it is expected to make, its weights described but not there; None: that shows only in
+            the run, where an earlier run's weights are compressed further.
     """
 
     stages: tuple[Plan, ...]
+    result: Model | None
 
     @property
     def num_parameters(self) -> int:
@@ -112,6 +116,25 @@ class RecipePlan:
         return sum(plan.seconds for plan in self.stages)
 
 
+def completed(model: Model, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """A recipe's stages; behind them the model's own key-value cache policy, if they make what it learned obsolete.
+
+    A policy that learned from calibration, as scales, did so on the model as it was. So it learns again, unless the
+    recipe has a policy itself. Doing this twice changes nothing.
+
+    Args:
+        model: what the recipe begins with.
+        stages: as the recipe has them.
+
+    Raises:
+        ValueError: the model's policy is damaged.
+    """
+    policy = read_policy(model)
+    if policy is None or not policy.method.learns or any(isinstance(stage, CacheStage) for stage in stages):
+        return stages
+    return (*stages, CacheStage(policy.method, {"cache": policy_settings(policy.method)}))
+
+
 def plan_stages(
     model: Model,
     stages: tuple[Stage, ...],
@@ -126,7 +149,7 @@ def plan_stages(
 
     Args:
         model: what the recipe begins with.
-        stages: in order.
+        stages: in order; `completed` adds what belongs behind them.
         data: calibration.
         budget: limits.
         out: output folder, to look at its disk; None: not looked at.
@@ -137,6 +160,7 @@ def plan_stages(
         ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning`, `plan_cache`,
             `check_disk`; or a calibration text that is not there.
     """
+    stages = completed(model, stages)
     plans: tuple[Plan, ...] = ()
     earlier: tuple[tuple[StepRules, ...], ...] = ()
     for number, stage in enumerate(stages):
@@ -155,7 +179,17 @@ def plan_stages(
             earlier += (stage.steps,)
         if plans[-1].needs_data:
             check_source(data)
-    found = RecipePlan(plans)
+    found = RecipePlan(plans, _result(model, stages[-1], plans))
     if out is not None:
         check_disk(plans, out, budget.scratch, fresh=fresh)
     return found
+
+
+def _result(model: Model, last: Stage, plans: tuple[Plan, ...]) -> Model | None:
+    """What comes of it; `model` is in the basis that the stages set. Only passes change what weights are."""
+    passes = [plan for plan in plans if plan.kind == "blocks"]
+    described = passes[-1].described if passes else model.described
+    if described is None:
+        return None
+    cache = describe_policy(last.method, ()) if isinstance(last, CacheStage) else model.cache
+    return replace(model, described=described, cache=cache)

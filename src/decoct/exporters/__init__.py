@@ -4,8 +4,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
-from decoct.exporters.compressed_tensors import export_compressed_tensors
-from decoct.exporters.dense import export_dense
+from decoct.exporters.compressed_tensors import export_compressed_tensors, find_schemes
+from decoct.exporters.dense import check_dense, export_dense
+from decoct.exporters.misfit import MisfitError
 from decoct.model import Model
 
 FORMATS: tuple[str, ...] = ("compressed_tensors", "dense")
@@ -31,6 +32,29 @@ def export_model(model: Model, to: str, out: Path, *, fold: bool = False) -> Non
     writers[to]()
 
 
+def check_expected(model: Model, to: str) -> None:
+    """Refuse, while planning, a recipe's export that the recipe's result would not fit.
+
+    Args:
+        model: what the recipe is expected to make; only its descriptions are looked at.
+        to: one of FORMATS.
+
+    Raises:
+        ValueError: the format cannot hold it; names the first matrix and what the format takes instead.
+    """
+    checks: dict[str, Callable[[], object]] = {
+        "compressed_tensors": lambda: find_schemes(model, fold=False),
+        "dense": lambda: check_dense(model, fold=False),
+    }
+    try:
+        checks[to]()
+    except MisfitError as error:
+        raise ValueError(
+            f"export {to}: {error.what}; {error.wanted}, or take {to} out of the recipe's export "
+            "(decoct export --help tells what --fold does)"
+        ) from error
+
+
 def check_format(to: str) -> None:
     """Refuse a format that there is not.
 
@@ -43,4 +67,4 @@ def check_format(to: str) -> None:
         raise ValueError(f"unknown export format {to!r}{hint}")
 
 
-__all__ = ["FORMATS", "check_format", "export_model"]
+__all__ = ["FORMATS", "MisfitError", "check_expected", "check_format", "export_model"]

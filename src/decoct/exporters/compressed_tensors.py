@@ -7,12 +7,13 @@ for each code. Dense ones stay dense; what the format cannot express is refused 
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from decoct.exporters.folder import write_folder
+from decoct.exporters.misfit import MisfitError
 from decoct.model import Model
 from decoct.ops.minifloat import ELEMENTS
 from decoct.ops.packing import pack_bits
@@ -52,6 +53,16 @@ _FLOATS = {
 """Schemes of elements, kind of scale and block size."""
 
 
+class _Misfit(NamedTuple):
+    """Why a weight has no scheme, and what would have one."""
+
+    reason: str
+    wanted: str
+
+
+_KINDS = "quantize to integers by groups, channels or tensors (such as rtn or gptq), or with mxfp"
+
+
 def export_compressed_tensors(model: Model, out: Path, *, fold: bool = False) -> None:
     """Write a checkpoint that transformers loads without decoct.
 
@@ -61,13 +72,10 @@ def export_compressed_tensors(model: Model, out: Path, *, fold: bool = False) ->
         fold: write as dense what the format cannot express, instead of refusing.
 
     Raises:
-        ValueError: a weight the format cannot express, slots that engines fuse but that have different schemes, or
-            nothing quantized at all.
+        MisfitError: see `find_schemes`.
+        ValueError: the folder holds something already.
     """
-    schemes = {name: _scheme(model, name, fold=fold) for name in model.slots()}
-    if not any(schemes.values()):
-        raise ValueError(f"{model.source.label} has no quantized weights; export it as dense instead")
-    _check_fused(model, schemes)
+    schemes = find_schemes(model, fold=fold)
 
     def encode(name: str) -> dict[str, Tensor]:
         weight = model.weight(name)
@@ -79,73 +87,110 @@ def export_compressed_tensors(model: Model, out: Path, *, fold: bool = False) ->
     write_folder(model, out, encode, _config(model, schemes))
 
 
+def find_schemes(model: Model, *, fold: bool) -> dict[str, Scheme | None]:
+    """Each slot's scheme by full name; None: it is written as dense. Looks at descriptions alone.
+
+    Args:
+        model: what is to be written, or what a recipe is expected to make.
+        fold: write as dense what the format cannot express.
+
+    Raises:
+        MisfitError: a weight or a cache policy that the format cannot express, slots that engines fuse but that have
+            different schemes, or nothing quantized at all.
+    """
+    if model.cache is not None and not fold:
+        (policy,) = model.cache["policy"]
+        what = f"compressed-tensors cannot say that keys and values are kept by {policy}"
+        raise MisfitError(what, "leave the cache stage out", "add --fold to leave that out")
+    schemes = {name: _scheme(model, name, fold=fold) for name in model.slots()}
+    if not any(schemes.values()):
+        raise MisfitError(
+            f"{model.source.label} has no quantized weights that compressed-tensors can hold",
+            _KINDS,
+            "export it as dense instead",
+        )
+    _check_fused(model, schemes)
+    return schemes
+
+
 def _scheme(model: Model, name: str, *, fold: bool) -> Scheme | None:
     description = model.described.get(name)
     if description is None:
         return None
     slot = model.slots()[name]
-    scheme, reason = _scheme_with_inputs(description)
-    if scheme is None:
-        reason = reason or f"a {description['kind']} weight"
+    scheme = _scheme_with_inputs(description)
+    if isinstance(scheme, _Misfit):
+        misfit = scheme
     elif slot.role in ("embed", "lm_head"):
         reason = f"a quantized {slot.role}, which its readers do not all load"
+        misfit = _Misfit(reason, f"leave {slot.role} uncompressed")
     elif slot.transposed or slot.param is not None:
-        reason = "a layer that is no plain Linear"
-    if reason is None:
+        misfit = _Misfit("a layer that is no plain Linear", f"leave {slot.role} uncompressed")
+    else:
         return scheme
     if fold:
         return None
-    raise ValueError(
-        f"compressed-tensors cannot hold {name}: it is {reason}; add --fold to write such weights uncompressed, "
-        "or export as dense"
+    raise MisfitError(
+        f"compressed-tensors cannot hold {name}: it is {misfit.reason}",
+        misfit.wanted,
+        f"{misfit.wanted}, add --fold to write such weights uncompressed, or export as dense",
     )
 
 
-def _scheme_with_inputs(description: dict[str, Any]) -> tuple[Scheme | None, str | None]:
-    """The scheme of a weight, masked or not, and of its inputs if they are rounded; or None, and why."""
+def _scheme_with_inputs(description: dict[str, Any]) -> Scheme | _Misfit:
+    """The scheme of a weight, masked or not, and of its inputs if they are rounded."""
     if description["kind"] == Masked.kind:
         return _scheme_of(description["inner"])
     if description["kind"] != QuantizedInput.kind:
         return _scheme_of(description)
     inner = description["inner"]
-    scheme, reason = _scheme_of(inner["inner"] if inner["kind"] == Masked.kind else inner)
-    if scheme is None:
-        return None, reason or f"a {inner['kind']} weight with rounded inputs"
+    scheme = _scheme_of(inner["inner"] if inner["kind"] == Masked.kind else inner, " with rounded inputs")
+    if isinstance(scheme, _Misfit):
+        return scheme
     form, size = description["format"], description["group_size"]
     if description["kept"] is not None or description["clip_ratio"] != 1:
-        return None, "a weight whose inputs are rounded but for some features, or clipped"
+        return _Misfit(
+            "a weight whose inputs are rounded but for some features, or clipped", "round all inputs, clip_ratio: 1"
+        )
     if form not in ("int", "fp8") or isinstance(size, int):
-        return None, f"a weight with inputs in {form} by blocks of {size}, whose scales other engines choose otherwise"
+        return _Misfit(
+            f"a weight with inputs in {form} by blocks of {size}, whose scales other engines choose otherwise",
+            "round inputs in int or fp8, group_size: token or tensor",
+        )
     if scheme.format not in ("pack-quantized", "float-quantized"):
-        return None, f"a weight in {scheme.format} with inputs in {form}"
+        return _Misfit(
+            f"a weight in {scheme.format} with inputs in {form}", "quantize it to integers or fp8, or leave its inputs"
+        )
     kind = "int" if form == "int" else "float"
     inputs = InputScheme(description["bits"] if form == "int" else 8, description["symmetric"], size, kind)
-    return replace(scheme, inputs=inputs, format=f"{scheme.type}-quantized"), None
+    return replace(scheme, inputs=inputs, format=f"{scheme.type}-quantized")
 
 
-def _scheme_of(description: dict[str, Any]) -> tuple[Scheme | None, str | None]:
-    """The scheme of a weight that is not nested; or None, and why if its kind does not say it."""
+def _scheme_of(description: dict[str, Any], suffix: str = "") -> Scheme | _Misfit:
+    """The scheme of a weight that is not nested."""
     if description["kind"] == FloatBlock.kind:
         return _float_scheme(description)
     if description["kind"] != GroupInt.kind:
-        return None, None
+        return _Misfit(f"a {description['kind']} weight{suffix}", _KINDS)
     zero, bits = description["zero"], int(description["bits"])
     if zero is not None and zero["tensor"] != "uint8":
-        return None, "integers with real zero points (quantize with zero: integer)"
+        return _Misfit("integers with real zero points", "quantize with zero: integer")
     rows, groups = description["scale"]["shape"]
     if groups > 1:
-        return Scheme(bits, zero is None, "group", int(description["group_size"])), None
-    return Scheme(bits, zero is None, "channel" if rows > 1 else "tensor", None), None
+        return Scheme(bits, zero is None, "group", int(description["group_size"]))
+    return Scheme(bits, zero is None, "channel" if rows > 1 else "tensor", None)
 
 
-def _float_scheme(description: dict[str, Any]) -> tuple[Scheme | None, str | None]:
+def _float_scheme(description: dict[str, Any]) -> Scheme | _Misfit:
     element, scale_kind, size = (description[key] for key in ("element", "scale_kind", "block_size"))
     rows, blocks = description["scale"]["shape"]
     if (element, scale_kind) == ("e4m3", "real") and blocks == 1:
         strategy = "channel" if rows > 1 else "tensor"
-        return Scheme(8, True, strategy, None, "float", None, "float-quantized"), None
+        return Scheme(8, True, strategy, None, "float", None, "float-quantized")
     scheme = _FLOATS.get((element, scale_kind, size))
-    return scheme, None if scheme else f"{element} numbers with {scale_kind} scales for blocks of {size}"
+    if scheme is not None:
+        return scheme
+    return _Misfit(f"{element} numbers with {scale_kind} scales for blocks of {size}", "leave mxfp's group_size out")
 
 
 def _check_fused(model: Model, schemes: dict[str, Scheme | None]) -> None:
@@ -158,9 +203,11 @@ def _check_fused(model: Model, schemes: dict[str, Scheme | None]) -> None:
                 found.setdefault(group, {})[slot.role] = schemes[model.prefix(block) + slot.name]
         for members in found.values():
             if len(set(members.values())) > 1:
-                raise ValueError(
+                raise MisfitError(
                     f"block {block}: {', '.join(members)} have different schemes, but vLLM and SGLang load them as one "
-                    "matrix; give them the same method, or export as dense"
+                    "matrix",
+                    "give them the same method",
+                    "give them the same method, or export as dense",
                 )
 
 

@@ -19,6 +19,7 @@ from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.guided import ByGroup, Guided
 from decoct.methods.prune.wanda import Wanda
+from decoct.methods.quantize.aqlm import AQLM
 from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.awq import AWQ
 from decoct.methods.quantize.awq_clip import AWQClip
@@ -67,6 +68,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "spqr": SpQR,
     "owq": OWQ,
     "qtip": QTIP,
+    "aqlm": AQLM,
     "autoround": AutoRound,
     "flexround": FlexRound,
     "lrq": LRQ,

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -10,6 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from decoct.ops.min_max import pack_by_channel, pack_by_token, unpack_by_channel, unpack_by_token
+
+Heads = Float[Tensor, "batch heads tokens channels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,32 @@ class Place:
 
 
 Packed = dict[str, Tensor]
-"""What a policy stores of keys or values: tensors [batch, heads, n, ...], in the order of the tokens along axis 2."""
+"""What a policy stores of keys or values: tensors [batch, heads, n, ...], in the order of the tokens along axis 2.
+
+What is not stored by heads has length 1 along axis 1.
+"""
+
+
+class Learner(ABC):
+    """Learns for one block what its policy saves, from the keys and values that calibration makes."""
+
+    @abstractmethod
+    def add(self, keys: Heads, values: Heads, slopes: tuple[Heads, Heads] | None) -> None:
+        """Take some sequences into account.
+
+        Args:
+            keys: as attention uses them, from position 0 on.
+            values: of the same tokens.
+            slopes: gradients of the loss by both, where the policy asks for them.
+        """
+
+    @abstractmethod
+    def learned(self) -> dict[str, Tensor]:
+        """What to save, float32 by name.
+
+        Raises:
+            ValueError: numbers that are not finite.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +70,10 @@ class CacheMethod(ABC):
     on n alone, not on how many were fed at once.
 
     Attributes:
-        stat: the statistic of keys and values that it learns from while compressing, or None.
+        before: what settings that were added later are worth in policies that were saved without them.
     """
 
-    stat: ClassVar[type[Any] | None] = None
+    before: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -88,17 +116,18 @@ class CacheMethod(ABC):
     def unpack_values(self, packed: Packed, place: Place) -> Float[Tensor, "batch heads tokens channels"]:
         """Undo `pack_values`, float32."""
 
-    def learn(self, keys: Any, values: Any, heads: int) -> dict[str, Tensor]:
-        """What to save for a block.
+    @property
+    def learns(self) -> bool:
+        """Whether something has to be learned from calibration, and is saved with the policy."""
+        return False
 
-        Args:
-            keys: an instance of `stat` over [tokens, heads · channels], of the keys that calibration made.
-            values: the same of the values.
-            heads: of keys and values.
+    @property
+    def by_gradients(self) -> bool:
+        """Whether that takes gradients by keys and values."""
+        return False
 
-        Raises:
-            ValueError: numbers that are not finite.
-        """
+    def learner(self, place: Place) -> Learner:
+        """What learns for one block; only asked for if the policy learns."""
         raise NotImplementedError
 
     def packed_after(self, num_tokens: int, place: Place) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor
 from decoct.methods import METHODS, CacheMethod
 from decoct.model import CACHE_VERSION, Model
 
+_POLICIES = {name: cls for name, cls in METHODS.items() if issubclass(cls, CacheMethod)}
+
 Learned = tuple[dict[str, Tensor], ...]
 """What a policy learned from calibration, for each block; empty if it learns nothing."""
 
@@ -36,10 +38,15 @@ def policy_name(method: CacheMethod) -> str:
     return next(name for name, cls in METHODS.items() if type(method) is cls)
 
 
+def policy_settings(method: CacheMethod) -> dict[str, Any]:
+    """All of its settings, as recipes spell them."""
+    return {policy_name(method): asdict(method)}
+
+
 def describe_policy(method: CacheMethod, learned: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """JSON for decoct.json; float32 numbers survive it bit for bit."""
     blocks = [{key: tensor.tolist() for key, tensor in each.items()} for each in learned]
-    return {"format_version": CACHE_VERSION, "policy": {policy_name(method): asdict(method)}, "learned": blocks}
+    return {"format_version": CACHE_VERSION, "policy": policy_settings(method), "learned": blocks}
 
 
 def read_policy(model: Model) -> Policy | None:
@@ -52,15 +59,14 @@ def read_policy(model: Model) -> Policy | None:
         return None
     try:
         ((name, settings),) = model.cache["policy"].items()
-        cls = METHODS[name]
-        method = cls(**settings)
+        cls = _POLICIES[name]
+        method = cls(**{**cls.before, **settings})
         learned = tuple({key: torch.tensor(value) for key, value in each.items()} for each in model.cache["learned"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
             f"{model.source.label} has a damaged key-value cache policy in decoct.json; write it again"
         ) from None
-    assert isinstance(method, CacheMethod)
-    expected = 0 if method.stat is None else model.num_blocks
+    expected = model.num_blocks if method.learns else 0
     if len(learned) != expected:
         raise ValueError(f"{model.source.label}: its key-value cache policy is for another model; write it again")
     return Policy(method, learned)

@@ -96,7 +96,7 @@ def find_bits(job: Job, search: Search, watch: Watch) -> tuple[Target, Found]:
         if job.fresh:
             discard(job.out, run)
         check_room(plan, job.out, run / FOLDER)
-        check_source_tensors(job.model, thorough=True)
+        check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch)
         return plan.target, _Searcher(job, search, plan, tokens, run / FOLDER, watch).run()
 

@@ -1,5 +1,6 @@
 """Weights as expressions: frozen, exactly sized, nested freely."""
 
+from decoct.weights.additive import Additive
 from decoct.weights.base import FORMAT_VERSION, Weight
 from decoct.weights.binary import Binary, Plane, scale_index
 from decoct.weights.codebook import Codebook
@@ -33,6 +34,7 @@ from decoct.weights.two_level_int import TwoLevelInt
 __all__ = [
     "FORMAT_VERSION",
     "WEIGHTS",
+    "Additive",
     "Binary",
     "Codebook",
     "Columns",

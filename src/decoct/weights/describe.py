@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoct.weights.additive import Additive
 from decoct.weights.base import FORMAT_VERSION, Weight
 from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
@@ -29,7 +30,7 @@ from decoct.weights.two_level_int import TwoLevelInt
 WEIGHTS: dict[str, type[Weight]] = {
     cls.kind: cls
     for cls in (
-        Dense, GroupInt, TwoLevelInt, FloatBlock, Codebook, Trellis, Rotated, Binary, Ternary, SparseInt,
+        Dense, GroupInt, TwoLevelInt, FloatBlock, Codebook, Additive, Trellis, Rotated, Binary, Ternary, SparseInt,
         Masked, Sparse, Columns, LowRank, Sum, Stacked, QuantizedInput, Shared,
     )
 }  # fmt: skip

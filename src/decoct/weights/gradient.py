@@ -6,6 +6,7 @@ from torch import Tensor
 
 from decoct.ops.grid import Grid, dequantize
 from decoct.ops.hadamard import hadamard
+from decoct.weights.additive import Additive
 from decoct.weights.base import Weight
 from decoct.weights.binary import Binary
 from decoct.weights.codebook import Codebook
@@ -101,7 +102,7 @@ def _of_own(weight: Weight, g: Float[Tensor, "out in"]) -> dict[str, Tensor]:  #
         case Trellis():
             steps = weight.unit().mul_(g)
             return {"scale": steps.sum(1, keepdim=True) if weight.scale.shape[0] > 1 else steps.sum().reshape(1, 1)}
-        case Binary() | Ternary() | SparseInt() | Scaled():
+        case Binary() | Ternary() | SparseInt() | Scaled() | Additive():
             return weight.pull_back(g)
         case TwoLevelInt():
             return _of_second_level(weight, g)

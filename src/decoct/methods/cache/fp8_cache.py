@@ -1,16 +1,14 @@
 """FP8 cache (formats of arXiv 2209.05433): keys and values as E4M3, with scales learned from calibration and saved."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.methods.cache_policy import CacheMethod, Packed, Place
+from decoct.methods.cache_policy import CacheMethod, Heads, Learner, Packed, Place
 from decoct.ops.minifloat import ELEMENTS, decode, encode
-from decoct.stats import AbsMax
 
 _E4M3 = ELEMENTS["e4m3"]
 
@@ -26,8 +24,6 @@ class FP8Cache(CacheMethod):
         margin: room above what calibration saw; at least 1.
         window: the last tokens, in full precision.
     """
-
-    stat: ClassVar[type[AbsMax]] = AbsMax
 
     margin: float = 1.0
     window: int = 0
@@ -52,16 +48,14 @@ class FP8Cache(CacheMethod):
     def check(self, channels: int, place: Place) -> None:
         """Every head can be packed."""
 
+    @property
     @override
-    def learn(self, keys: Any, values: Any, heads: int) -> dict[str, Tensor]:
-        found = {}
-        for name, seen in (("key_scale", keys), ("value_scale", values)):
-            largest = seen.maximum.reshape(heads, -1).amax(1)
-            if not torch.isfinite(largest).all():
-                raise ValueError("keys or values of the calibration text are not finite; the checkpoint is damaged")
-            scale = largest * (self.margin / _E4M3.largest)
-            found[name] = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-        return found
+    def learns(self) -> bool:
+        return True
+
+    @override
+    def learner(self, place: Place) -> Learner:
+        return _Largest(self.margin)
 
     @override
     def pack_keys(self, keys: Float[Tensor, "batch heads tokens channels"], place: Place, start: int) -> Packed:
@@ -78,6 +72,30 @@ class FP8Cache(CacheMethod):
     @override
     def unpack_values(self, packed: Packed, place: Place) -> Float[Tensor, "batch heads tokens channels"]:
         return decode(packed["codes"], _E4M3) * _scale(place, "value_scale", packed["codes"])
+
+
+class _Largest(Learner):
+    """The largest keys and values of each head so far."""
+
+    def __init__(self, margin: float) -> None:
+        self._margin = margin
+        self._largest: dict[str, Tensor] = {}
+
+    @override
+    def add(self, keys: Heads, values: Heads, slopes: tuple[Heads, Heads] | None) -> None:
+        for name, new in (("key_scale", keys), ("value_scale", values)):
+            largest = new.abs().amax((0, 2, 3)).float()
+            self._largest[name] = torch.maximum(self._largest.get(name, largest), largest)
+
+    @override
+    def learned(self) -> dict[str, Tensor]:
+        found = {}
+        for name, largest in self._largest.items():
+            if not torch.isfinite(largest).all():
+                raise ValueError("keys or values of the calibration text are not finite; the checkpoint is damaged")
+            scale = largest * (self._margin / _E4M3.largest)
+            found[name] = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+        return found
 
 
 def _scale(place: Place, name: str, like: Tensor) -> Float[Tensor, "heads 1 1"]:
