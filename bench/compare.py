@@ -93,7 +93,7 @@ def figures(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     protocol = PROTOCOLS[args.protocol]
     found = decoct(
         "--threads", "2", "evaluate", folder, "--against", args.model, "--text", args.text,
-        "--windows", protocol["windows"], "--length", protocol["window"],
+        "--windows", protocol["windows"], "--length", protocol["window"], "--keep-base", args.work / "base",
     )  # fmt: skip
     return {key: found[key] for key in KEYS}
 

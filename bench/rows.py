@@ -76,7 +76,7 @@ def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespa
     )
     found = decoct(
         "--threads", "2", "evaluate", out, "--against", args.model, "--text", args.text,
-        "--windows", protocol["windows"], "--length", protocol["window"],
+        "--windows", protocol["windows"], "--length", protocol["window"], "--keep-base", args.work / "base",
     )  # fmt: skip
     shutil.rmtree(out)
     return {

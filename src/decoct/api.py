@@ -254,6 +254,7 @@ def evaluate(
     length: int | None = None,
     bos: bool = False,
     dtype: torch.dtype = torch.float32,
+    keep_base: str | Path | None = None,
     on_progress: OnProgress = lambda _done, _total: None,
 ) -> Measurement:
     """Perplexity, and divergence from a base model, on the same tokens.
@@ -266,6 +267,8 @@ def evaluate(
         length: tokens in a window; None: 2048 or the model's limit.
         bos: start each window with BOS.
         dtype: what to compute in.
+        keep_base: a folder in which what the base made of the text is kept: the next measurement against it is
+            shorter by almost half. A few megabytes for each window.
         on_progress: told (blocks done, blocks in all).
 
     Raises:
@@ -279,6 +282,7 @@ def evaluate(
         length=length,
         bos=bos,
         dtype=dtype,
+        keep_base=None if keep_base is None else Path(keep_base),
         on_progress=on_progress,
     )
 

@@ -148,6 +148,9 @@ def evaluate(
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Start each window with the BOS token.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, or bfloat16 (faster, blurs small KL).")] = "float32",
+    keep_base: Annotated[
+        Path | None, typer.Option("--keep-base", metavar="FOLDER", help="Run the base once: keep what it made here.")
+    ] = None,
     record: Annotated[
         Path | None, typer.Option("--record", help="Append the measurement to this JSON-lines file.")
     ] = None,
@@ -165,7 +168,7 @@ def evaluate(
         with Console.for_stderr().counter("block") as on_progress:
             found = decoct.evaluate(
                 model, text=text, against=against, windows=windows, length=length, bos=bos,
-                dtype=getattr(torch, dtype), on_progress=on_progress,
+                dtype=getattr(torch, dtype), keep_base=keep_base, on_progress=on_progress,
             )  # fmt: skip
         if record is not None:
             append_measurement(record, found)

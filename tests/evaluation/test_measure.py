@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import decoct
 import decoct.hf
-from decoct.evaluation import append_measurement, evaluate_model
+from decoct.evaluation import append_measurement, evaluate_model, measure
 from decoct.evaluation.divergence import Tally
 from decoct.model import open_model
 from tests.engine.running import RTN, make_base, run
@@ -224,3 +224,35 @@ def test_records_are_json_lines(stories: Path, text: Path, tmp_path: Path) -> No
     assert lines[1]["date"].endswith("+00:00")
     assert lines[1]["decoct"] == decoct.__version__
     assert lines[1]["model"] == str(stories)
+
+
+def test_a_kept_base_gives_the_same_figures_without_running(
+    stories: Path, compressed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(windows: int, keep: Path | None) -> tuple[float | None, ...]:
+        found = decoct.evaluate(compressed, text=text, against=stories, windows=windows, length=LENGTH, keep_base=keep)
+        return found.perplexity, found.base_perplexity, found.kl_mean, found.kl_p999, found.top1_agreement
+
+    ran: list[str] = []
+    advance = measure._advance
+    monkeypatch.setattr(
+        measure, "_advance", lambda runner, *rest: ran.append(runner.model.source.label) or advance(runner, *rest)
+    )
+    plain = measured(WINDOWS, None)
+    assert measured(WINDOWS, tmp_path) == plain
+    assert str(stories) in ran
+    ran.clear()
+    assert measured(WINDOWS, tmp_path) == plain
+    assert set(ran) == {str(compressed)}  # the base had run already
+    ran.clear()
+    assert measured(WINDOWS - 1, tmp_path) != plain
+    assert str(stories) in ran  # other windows, other states
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_kept_base_is_said(stories: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
+    decoct.evaluate(compressed, text=text, against=stories, windows=1, length=LENGTH, keep_base=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        decoct.evaluate(compressed, text=text, against=stories, windows=1, length=LENGTH, keep_base=tmp_path)

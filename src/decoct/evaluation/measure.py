@@ -16,6 +16,7 @@ from torch import Tensor
 from decoct.engine.budget import peak_resident_bytes
 from decoct.engine.data import read_text, text_tokens
 from decoct.engine.runner import Runner
+from decoct.evaluation.base_states import BaseStates
 from decoct.evaluation.divergence import Tally
 from decoct.methods.policy import Policy, policy_name, read_policy
 from decoct.model import Model
@@ -99,6 +100,7 @@ def evaluate_model(
     length: int | None = None,
     bos: bool = False,
     dtype: torch.dtype = torch.float32,
+    keep_base: Path | None = None,
     on_progress: OnProgress = lambda _done, _total: None,
 ) -> Measurement:
     """Measure a model, block by block, so that it may be larger than memory.
@@ -111,6 +113,7 @@ def evaluate_model(
         length: tokens in a window; None: 2048 or the model's limit.
         bos: start each window with BOS.
         dtype: what to compute in; float32 keeps rounding out of small divergences.
+        keep_base: a folder in which what the base made of the text is kept for the next measurement; None: nowhere.
         on_progress: told (blocks done, blocks in all).
 
     Raises:
@@ -119,7 +122,10 @@ def evaluate_model(
     started = time.perf_counter()
     tokens = _windows(model, text, windows, length, bos)
     _check_base(model, against, tokens.shape[1])
-    tally, held = _run(model, against, tokens, dtype, on_progress)
+    kept = None
+    if against is not None and keep_base is not None:
+        kept = BaseStates.of(against, tokens, dtype, keep_base)
+    tally, held = _run(model, against, tokens, dtype, kept, on_progress)
     policy = read_policy(model)
     kl = tally.kl() if against is not None else None
     (count, size), start = tokens.shape, "BOS" if bos else "no BOS"
@@ -241,21 +247,28 @@ def _run(
     against: Model | None,
     tokens: Int[Tensor, "windows length"],
     dtype: torch.dtype,
+    kept: BaseStates | None,
     on_progress: OnProgress,
 ) -> tuple[Tally, _Held]:
     """Every block of both models in turn, then the logits; each with its own policy for keys and values."""
     runners = [Runner(each, dtype) for each in (model, against) if each is not None]
-    states = [_embed(runner, tokens) for runner in runners]
-    caches = [_caches(runner) for runner in runners]
+    known = None if kept is None else kept.read()
+    running = runners if known is None else runners[:1]
+    states = [_embed(runner, tokens) for runner in running]
+    caches = [_caches(runner) for runner in running]
     held = _Held()
-    depth = max(runner.model.num_blocks for runner in runners)
+    depth = max(runner.model.num_blocks for runner in running)
     for block in range(depth):
-        for runner, hidden, of_blocks in zip(runners, states, caches, strict=True):
+        for runner, hidden, of_blocks in zip(running, states, caches, strict=True):
             if block < runner.model.num_blocks:
                 size = _advance(runner, block, hidden, of_blocks[block])
                 if runner.model is model and (cache := of_blocks[block]) is not None:
                     held.add(cache, size, tokens.shape[1])
         on_progress(block + 1, depth)
+    if known is not None:
+        states.append(known)
+    elif kept is not None:
+        kept.write(states[1])
     heads = [_head(runner.model).unpack(dtype) for runner in runners]
     tally = Tally()
     rows = max(1, _LOGITS_AT_ONCE // heads[0].shape[0])
