@@ -107,6 +107,8 @@ ROWS |= {
         "quick", steps({"linear": {"gptq": {**grid(2), "symmetric": False}}}, {"block_ap": {}})
     ),
     "spinquant, gptq w4a4": ("quick", inputs([{"spinquant": {}}, *GPTQ4], **CLIPPED)),
+    "aqlm 2 bit": ("quick", linear({"aqlm": {}})),
+    "aqlm 3 bit": ("quick", linear({"aqlm": {"num_codebooks": 3}})),
     "qtip 2 bit, then e2e_qp": ("quick", then_tuned(qtip(2))),
     "billm": ("quick", linear({"billm": {}})),
     "pb_llm": ("quick", linear({"pb_llm": {}})),
