@@ -18,7 +18,7 @@ from decoct.engine.data import read_text, text_tokens
 from decoct.engine.runner import Runner
 from decoct.evaluation.base_states import BaseStates
 from decoct.evaluation.divergence import Tally
-from decoct.methods.policy import Policy, policy_name, read_policy
+from decoct.methods.policy import policy_name, read_policy
 from decoct.model import Model
 from decoct.runtime.cache import WholeWindow, places
 from decoct.version import __version__
@@ -122,23 +122,18 @@ def evaluate_model(
     started = time.perf_counter()
     tokens = _windows(model, text, windows, length, bos)
     _check_base(model, against, tokens.shape[1])
-    kept = None
-    if against is not None and keep_base is not None:
-        kept = BaseStates.of(against, tokens, dtype, keep_base)
-    tally, held = _run(model, against, tokens, dtype, kept, on_progress)
-    policy = read_policy(model)
+    tally, held = _run(model, against, tokens, dtype, _kept(against, tokens, dtype, keep_base), on_progress)
     kl = tally.kl() if against is not None else None
-    (count, size), start = tokens.shape, "BOS" if bos else "no BOS"
     return Measurement(
         model=model.source.label,
         against=None if against is None else against.source.label,
         text=Path(text).name,
         text_sha256=hashlib.sha256(read_text(text).encode()).hexdigest(),
-        windows=count,
-        length=size,
+        windows=tokens.shape[0],
+        length=tokens.shape[1],
         bos=bos,
         dtype=str(dtype).removeprefix("torch."),
-        num_tokens=count * (size - 1),
+        num_tokens=tokens[:, 1:].numel(),
         perplexity=tally.perplexity(),
         base_perplexity=None if against is None else tally.base_perplexity(),
         kl_mean=None if kl is None else float(kl.mean()),
@@ -151,11 +146,18 @@ def evaluate_model(
         peak_bytes=peak_resident_bytes(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         decoct=__version__,
-        protocol=f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}{_words(policy)}",
+        protocol=_protocol(text, tokens, bos) + _words(model),
         cache=model.cache and model.cache["policy"],
         cache_bits=held.bits,
-        cache_token_bytes=None if policy is None else held.token_bytes(model.dtype),
+        cache_token_bytes=held.token_bytes(model.dtype),
     )
+
+
+def _kept(
+    against: Model | None, tokens: Int[Tensor, "windows length"], dtype: torch.dtype, folder: Path | None
+) -> BaseStates | None:
+    """Where the base's hidden states are kept, if they are."""
+    return None if against is None or folder is None else BaseStates.of(against, tokens, dtype, folder)
 
 
 def _check_base(model: Model, against: Model | None, length: int) -> None:
@@ -229,13 +231,22 @@ class _Held:
         """Of a packed key or value; None: nothing is packed."""
         return 8 * self.packed_nbytes / self.num_packed_values if self.num_packed_values else None
 
-    def token_bytes(self, dtype: torch.dtype) -> float:
-        """Bytes for each token where the tokens that are not packed are held in `dtype`."""
+    def token_bytes(self, dtype: torch.dtype) -> float | None:
+        """Bytes for each token where the tokens that are not packed are held in `dtype`; None: there is no policy."""
+        if self.num_tokens == 0:
+            return None
         return (self.packed_nbytes + (self.num_values - self.num_packed_values) * dtype.itemsize) / self.num_tokens
 
 
-def _words(policy: Policy | None) -> str:
+def _protocol(text: str, tokens: Int[Tensor, "windows length"], bos: bool) -> str:
+    """What was measured on, in words."""
+    (count, size), start = tokens.shape, "BOS" if bos else "no BOS"
+    return f"{Path(text).name}, first {count} non-overlapping windows of {size} tokens, {start}"
+
+
+def _words(model: Model) -> str:
     """The policy for keys and values, and how it was applied, for the protocol."""
+    policy = read_policy(model)
     if policy is None:
         return ""
     settings = ", ".join(f"{key} {value}" for key, value in asdict(policy.method).items() if value is not None)
