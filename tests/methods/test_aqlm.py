@@ -11,7 +11,7 @@ from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.rtn import RTN
 from decoct.stats import Gram
 from decoct.weights import Additive, Dense, LowRank, Masked, Rotated, Sparse, Stacked, Weight
-from tests.reference.inputs import correlated, gaussian, output_error
+from tests.reference.inputs import correlated, gaussian, heavy, output_error
 
 OUT, IN = 96, 128
 
@@ -20,13 +20,6 @@ def gram(x: torch.Tensor) -> Gram:
     stat = Gram.empty(x.shape[1])
     stat.add(x)
     return stat
-
-
-def heavy() -> torch.Tensor:
-    """A matrix with a few large entries and rows of different sizes, as a model's are."""
-    w = gaussian(OUT, IN, seed=1) * torch.linspace(-1, 1, OUT).exp()[:, None]
-    w[5, 7], w[40, 99] = 12.0, -9.0
-    return w
 
 
 def test_less_error_than_gptq_at_the_same_bits() -> None:
@@ -39,7 +32,7 @@ def test_less_error_than_gptq_at_the_same_bits() -> None:
 
 
 def test_rounds_and_a_wider_beam_lose_less() -> None:
-    w, x = heavy(), correlated(600, IN)
+    w, x = heavy(OUT, IN), correlated(600, IN)
 
     def lost(**settings: int) -> float:
         return output_error(AQLM(code_bits=6, **settings).compress(Dense.of(w), gram(x)).unpack() - w, x)
@@ -95,7 +88,7 @@ def test_any_shape_that_vectors_divide_will_do() -> None:
 
 
 def test_rows_and_columns_that_are_zero_stay_small() -> None:
-    w, x = heavy(), correlated(600, IN)
+    w, x = heavy(OUT, IN), correlated(600, IN)
     w[3] = 0
     x[:, 20] = 0  # no input reaches this column
     w[:, 20] = 1e4
@@ -112,7 +105,7 @@ def test_both_factors_of_a_product_are_quantized_and_a_rotation_is_kept() -> Non
     assert isinstance(found, LowRank)
     assert [found.left.kind, found.right.kind] == ["Additive", "Additive"]
     assert output_error(found.unpack() - left @ right, x) < 0.05 * output_error(left @ right, x)
-    rotated = Rotated.of(Dense.of(heavy()), None, torch.ones(IN))
+    rotated = Rotated.of(Dense.of(heavy(OUT, IN)), None, torch.ones(IN))
     assert [node.kind for node in AQLM().compress(rotated, gram(x)).walk()] == ["Rotated", "Additive"]
 
 
@@ -122,10 +115,10 @@ def test_with_guidance_groups_of_rows_have_codebooks_of_their_own() -> None:
     guided.check((OUT, IN))
     stat = ByGroup(Gram, 3).empty(IN)
     stat.add_weighted(x, gaussian(600, 3, seed=4).square())
-    found = guided.compress(Dense.of(heavy()), stat)
+    found = guided.compress(Dense.of(heavy(OUT, IN)), stat)
     assert isinstance(found, Stacked)
     assert [part.shape for part in found.parts] == [(32, IN)] * 3
-    assert output_error(found.unpack() - heavy(), x) < 0.5 * output_error(heavy(), x)
+    assert output_error(found.unpack() - heavy(OUT, IN), x) < 0.5 * output_error(heavy(OUT, IN), x)
 
 
 def test_what_it_cannot_keep_is_refused() -> None:

@@ -9,7 +9,7 @@ from decoct.methods.quantize.rtn import RTN
 from decoct.ops.trellis import expected_error
 from decoct.stats import Gram
 from decoct.weights import Dense, LowRank, Masked, Rotated, Sparse, Trellis
-from tests.reference.inputs import correlated, gaussian, output_error
+from tests.reference.inputs import correlated, gaussian, heavy, output_error
 
 OUT, IN = 96, 128
 
@@ -20,15 +20,8 @@ def gram(x: torch.Tensor) -> Gram:
     return stat
 
 
-def heavy() -> torch.Tensor:
-    """A matrix with a few large entries and rows of different sizes, as a model's are."""
-    w = gaussian(OUT, IN, seed=1) * torch.linspace(-1, 1, OUT).exp()[:, None]
-    w[5, 7], w[40, 99] = 12.0, -9.0
-    return w
-
-
 def test_less_error_than_gptq_at_two_bits() -> None:
-    w, x = heavy(), correlated(600, IN)
+    w, x = heavy(OUT, IN), correlated(600, IN)
     ours = QTIP(bits=2).compress(Dense.of(w), gram(x))
     theirs = GPTQ(bits=2, group_size=32).compress(Dense.of(w), gram(x))
     assert ours.bits_per_weight < theirs.bits_per_weight
@@ -44,7 +37,7 @@ def test_without_correlation_it_loses_what_the_code_loses(bits: int) -> None:
 
 
 def test_more_states_lose_less() -> None:
-    w, x = heavy(), correlated(600, IN)
+    w, x = heavy(OUT, IN), correlated(600, IN)
     errors = [output_error(QTIP(state_bits=n).compress(Dense.of(w), gram(x)).unpack() - w, x) for n in (4, 6, 8, 11)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.75 * errors[0]
@@ -95,7 +88,7 @@ def test_the_seed_decides_the_rotation() -> None:
 
 
 def test_rows_and_columns_that_are_zero_stay_zero() -> None:
-    w, x = heavy(), correlated(600, IN)
+    w, x = heavy(OUT, IN), correlated(600, IN)
     w[3] = 0
     w[:, 9] = 0
     x[:, 20] = 0  # no input reaches this column
@@ -105,7 +98,7 @@ def test_rows_and_columns_that_are_zero_stay_zero() -> None:
 
 
 def test_scales_are_compromises_of_norms_and_inputs() -> None:
-    w, moment = heavy().double(), gaussian(IN, seed=3).double().square() + 0.1
+    w, moment = heavy(OUT, IN).double(), gaussian(IN, seed=3).double().square() + 0.1
     rows, columns = incoherent_scales(w, moment, 0)
     root = w.norm(dim=1).sqrt()
     torch.testing.assert_close(rows.abs(), root / root.mean(), check_dtype=False)

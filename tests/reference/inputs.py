@@ -25,3 +25,10 @@ def output_error(lost: Tensor, x: Tensor) -> float:
     """Mean squared output error of a change of the weight, in its trace form tr(D·H·Dᵀ)."""
     D = lost.double()
     return float((D @ hessian(x) @ D.T).trace())
+
+
+def heavy(out: int, cols: int) -> torch.Tensor:
+    """A matrix with a few large entries and rows of different sizes, as a model's are."""
+    w = gaussian(out, cols, seed=1) * torch.linspace(-1, 1, out).exp()[:, None]
+    w[5, 7], w[40, 99] = 12.0, -9.0
+    return w

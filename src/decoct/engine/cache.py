@@ -22,7 +22,6 @@ from decoct.store import read_json, write_json
 
 _POLICY = "policy.json"  # in the stage's folder: what will stand in decoct.json
 _LEARNED = "learned-{}.json"  # beside it, while gradients run: what was learned of a block
-_LABEL_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,26 +131,18 @@ def _by_gradients(todo: CachePass, tokens: Int[Tensor, "sequences length"]) -> L
     model, last = todo.model, todo.model.num_blocks
     todo.scratch.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(model, tokens, todo.dtype, todo.scratch)
-    done = next((block for block in range(last + 1) if sweep.reached(block)), last + 1)
-    sweep.forwards()
     places = _places(sweep.runner)
-    for block in reversed(range(done)):
-        started = time.perf_counter()
-        if block == last:
-            head = model.weight(model.end_slots[-1].name).unpack(todo.dtype)
-            for _ in sweep.through_head(head, _LABEL_SEED, of_head=False):
-                pass
-        else:
-            listener, learner = _Listener(), todo.method.learner(places[block])
-            for slopes in sweep.through_block(block, sweep.given(block), listener.last, listener):
-                keys, values = (each.detach() for each in listener.last())
-                learner.add(keys, values, (slopes[0], slopes[1]))
-            learned = {name: tensor.tolist() for name, tensor in learner.learned().items()}
-            write_json(todo.folder / _LEARNED.format(block), learned)
-        sweep.commit(block)
-        sweep.discard(block)
-        part = "lm_head" if block == last else f"block {block}"
-        todo.on_event(Event(f"gradients, {part}", last - block + 1, last + 1, None, time.perf_counter() - started, 0))
+
+    def find(block: int) -> None:
+        listener, learner = _Listener(), todo.method.learner(places[block])
+        for slopes in sweep.through_block(block, sweep.given(block), listener.last, listener):
+            keys, values = (each.detach() for each in listener.last())
+            learner.add(keys, values, (slopes[0], slopes[1]))
+        learned = {name: tensor.tolist() for name, tensor in learner.learned().items()}
+        write_json(todo.folder / _LEARNED.format(block), learned)
+
+    for part, number, seconds in sweep.backwards(0, find):
+        todo.on_event(Event(part, number, last + 1, None, seconds, 0))
     found = [read_json(todo.folder / _LEARNED.format(block)) for block in range(last)]
     return tuple({name: torch.tensor(numbers) for name, numbers in each.items()} for each in found)
 

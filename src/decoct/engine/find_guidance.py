@@ -5,7 +5,6 @@ are diagonal entries of the Fisher information by those outputs. Weights are fou
 the model as it is then, and kept on disk: a pass that goes on after an interruption reads them.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,6 @@ from decoct.engine.record import record_outputs
 from decoct.engine.stream import Event, OnEvent
 from decoct.methods.guided import group_means
 from decoct.model import Model
-
-_LABEL_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +53,8 @@ def find_guidance(todo: Finding) -> Guidance:
     model, last, first = todo.model, todo.model.num_blocks, todo.layout.first
     guidance = Guidance(todo.layout, (todo.tokens.shape[0], todo.tokens.shape[1]), todo.folder)
     sweep = Sweep(model, todo.tokens, todo.dtype, todo.folder)
-    done = next((block for block in range(last + 1) if sweep.reached(block)), last + 1)
-    sweep.forwards()
-    for block in reversed(range(first, done)):
-        started = time.perf_counter()
-        if block == last:
-            head = model.weight(model.end_slots[-1].name).unpack(todo.dtype)
-            for _ in sweep.through_head(head, _LABEL_SEED, of_head=False):
-                pass
-        else:
-            _find_block(sweep, guidance, block)
-        sweep.commit(block)
-        sweep.discard(block)
-        part = "lm_head" if block == last else f"block {block}"
-        seconds = time.perf_counter() - started
-        todo.on_event(Event(f"gradients, {part}", last - block + 1, last - first + 1, None, seconds, 0))
+    for part, number, seconds in sweep.backwards(first, partial(_find_block, sweep, guidance)):
+        todo.on_event(Event(part, number, last - first + 1, None, seconds, 0))
     for block in range(-1, first - 1):  # what enters the blocks before the first guided one
         sweep.discard(block)
     return guidance

@@ -4,6 +4,7 @@ The labels are drawn from the model's predictions, so squared gradients are thos
 of the divergence at zero. Hidden states and gradients lie on disk; a sweep that is stopped goes on where it was.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from decoct.model import Model
 LOGITS_AT_ONCE = 1 << 23
 """Entries of the logits that are held at a time."""
 
+_LABEL_SEED = 0
 _STATES, _GRADIENT = "probe", "gradient"  # names of the files
 
 
@@ -66,6 +68,35 @@ class Sweep:
             for row in range(count):
                 states.write(row, runner.run(block, laid, states.read(row, row + 1)))
             states.commit(block + 1)
+
+    def backwards(self, first: int, find: Callable[[int], None]) -> Iterator[tuple[str, int, float]]:
+        """Go all the way back to the input of block `first`, or what is left of it after an interruption.
+
+        What `find` makes of a block must be on disk when it returns: then the gradient by the block's input counts as
+        done, and the block is not run again.
+
+        Args:
+            first: the last block that is run.
+            find: runs a block with `through_block`.
+
+        Yields:
+            What was done, how many parts are done now, and its seconds; `last - first + 1` parts in all.
+        """
+        model, last = self._model, self._model.num_blocks
+        done = next((block for block in range(last + 1) if self.reached(block)), last + 1)
+        self.forwards()
+        for block in reversed(range(first, done)):
+            started = time.perf_counter()
+            if block == last:
+                head = model.weight(model.end_slots[-1].name).unpack(self.runner.dtype)
+                for _ in self.through_head(head, _LABEL_SEED, of_head=False):
+                    pass
+            else:
+                find(block)
+            self.commit(block)
+            self.discard(block)
+            part = "lm_head" if block == last else f"block {block}"
+            yield f"gradients, {part}", last - block + 1, time.perf_counter() - started
 
     def through_head(self, head: Float[Tensor, "vocab hidden"], seed: int, *, of_head: bool) -> Iterator[Tensor | None]:
         """From labels to the gradient by the last block's output; for each sequence, that by `head` if it is wanted.
