@@ -15,10 +15,10 @@ demo: $(READY)  ## compress the demo model end to end and print a before/after t
 	$(BIN)/python demo/demo.py
 
 test: $(READY)  ## every test, the slow end-to-end ones included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: $(READY)  ## without the end-to-end tests
-	$(BIN)/python -m pytest -m 'not e2e'
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not e2e'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,15 +18,18 @@ from typing import Any
 
 import yaml
 from quantization import awq, grid, steps
-from rows import HERE, KEYS, PROTOCOLS, Stages, decoct, linear
+from rows import HERE, KEYS, PROTOCOLS, Stages, decoct, linear, write_tables
 
 TOOLS = {
-    "llm-compressor": "peer_llmcompressor.py", "auto-round": "peer_autoround.py", "hqq": "peer_hqq.py",
+    "llm-compressor": "peer_llmcompressor.py", "llm-compressor-pruning": "peer_llmcompressor_pruning.py", "auto-round": "peer_autoround.py", "hqq": "peer_hqq.py",
     "gptqmodel": "peer_gptqmodel.py",
 }  # fmt: skip
 BITS_BESIDE = {"hqq": 32 / 64}  # scale and zero point in 16 bits each, per group of 64; the others have a scale alone
-# Tool, method, bits; our recipe with the same method.
-ROWS: dict[str, tuple[str, str, int, Stages]] = {}
+PATTERNS: dict[str, dict[str, Any]] = {
+    "50 %": {"sparsity": 0.5}, "60 %": {"sparsity": 0.6}, "70 %": {"sparsity": 0.7}, "2:4": {"n": 2, "m": 4},
+}  # fmt: skip
+# Tool, method, bits (or which weights go); our recipe with the same method.
+ROWS: dict[str, tuple[str, str, int | str, Stages]] = {}
 for b in (4, 3, 2):
     ROWS |= {
         f"auto-round {b} bit": ("auto-round", "autoround", b, steps({"autoround": grid(b)})),
@@ -35,11 +38,15 @@ for b in (4, 3, 2):
         f"hqq {b} bit": ("hqq", "hqq", b, linear({"hqq": {"bits": b, "group_size": 64}})),
         f"gptqmodel gptq {b} bit": ("gptqmodel", "gptq", b, linear({"gptq": grid(b)})),
     }
+for name, settings in PATTERNS.items():
+    for method in ("wanda", "sparsegpt"):
+        ours = linear({method: {**settings, **({"scope": "row"} if method == "wanda" and "n" not in settings else {})}})
+        ROWS[f"llm-compressor {method} {name}"] = ("llm-compressor-pruning", method, name, ours)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "speed", "table"))
+    parser.add_argument("what", choices=("quality", "speed", "page"))
     parser.add_argument("--tool", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--calibration", type=Path)
@@ -48,9 +55,13 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="standard")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    if args.what == "table":
-        print(side_by_side(lines(HERE / "results" / "peers.jsonl")))
+    if args.what == "page":
+        measured = list(lines(HERE / "results" / "peers.jsonl"))
+        for page, pruning in (("quantization.md", False), ("pruning.md", True)):
+            mine = [row for row in measured if ("pruning" in row["peer"]["tool"]) == pruning]
+            write_tables(HERE / page, {"peers": side_by_side(mine)})
         return
     args.python = dict(each.split("=", 1) for each in args.tool)
     results = HERE / "results" / ("peers.jsonl" if args.what == "quality" else "speed.jsonl")
@@ -61,6 +72,7 @@ def main() -> None:
             record = {
                 "row": row,
                 "protocol": args.protocol,
+                "threads": args.threads,
                 **found,
                 "date": datetime.now(UTC).isoformat("T", "seconds"),
             }
@@ -76,9 +88,14 @@ def lines(results: Path) -> Iterator[dict[str, Any]]:
 
 
 def quality(row: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Ours, then the tool's, both evaluated with decoct."""
-    ours = our_run(row, args)
-    ours |= figures(args.work / "ours", args)
+    """Ours, then the tool's, both evaluated with decoct. Ours is kept should the tool fail."""
+    kept = args.work / f"{row} {args.protocol}.json".replace("/", "-")
+    if kept.exists():
+        ours = json.loads(kept.read_text())
+    else:
+        ours = our_run(row, args)
+        ours |= figures(args.work / "ours", args)
+        kept.write_text(json.dumps(ours), encoding="utf-8")
     peer = theirs(row, args)
     peer |= figures(args.work / "peer" / "dense", args)
     # The tool's result was folded into a dense folder: its bits follow from its format.
@@ -92,7 +109,7 @@ def figures(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity, KL, top-1."""
     protocol = PROTOCOLS[args.protocol]
     found = decoct(
-        "--threads", "2", "evaluate", folder, "--against", args.model, "--text", args.text,
+        "--threads", args.threads, "evaluate", folder, "--against", args.model, "--text", args.text,
         "--windows", protocol["windows"], "--length", protocol["window"], "--keep-base", args.work / "base",
     )  # fmt: skip
     return {key: found[key] for key in KEYS}
@@ -115,18 +132,19 @@ def speed(row: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def theirs(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds, memory, bits."""
-    (tool, method, bits, _), protocol, out = ROWS[row], PROTOCOLS[args.protocol], args.work / "peer"
+    (tool, method, level, _), protocol, out = ROWS[row], PROTOCOLS[args.protocol], args.work / "peer"
     shutil.rmtree(out, ignore_errors=True)
+    wanted = ["--bits", level, "--group-size", 64] if isinstance(level, int) else ["--pattern", level]
     command = [
-        args.python[tool], HERE / "peers" / TOOLS[tool], args.model, out, "--method", method, "--bits", bits,
-        "--group-size", 64, "--calibration", args.calibration, "--sequences", protocol["sequences"],
-        "--length", protocol["length"], "--threads", 2,
+        args.python[tool], HERE / "peers" / TOOLS[tool], args.model, out, "--method", method, *wanted, "--calibration",
+        args.calibration, "--sequences", protocol["sequences"], "--length", protocol["length"], "--threads", args.threads,
     ]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     made = json.loads((out / "result.json").read_text())
+    bits = {"bits_in_matrices": level + BITS_BESIDE.get(tool, 16 / 64)} if isinstance(level, int) else {}
     return {
         "seconds": made["seconds"], "peak_bytes": made["peak_rss_bytes"], "tool": tool, "version": made["version"],
-        "bits_in_matrices": bits + BITS_BESIDE.get(tool, 16 / 64), "settings": made["settings"],
+        **bits, "settings": made["settings"],
     }  # fmt: skip
 
 
@@ -138,7 +156,7 @@ def our_run(row: str, args: argparse.Namespace) -> dict[str, Any]:
         "source": str(args.calibration), "num_sequences": protocol["sequences"], "sequence_length": protocol["length"],
     }  # fmt: skip
     recipe.write_text(yaml.safe_dump({"data": data, "stages": ROWS[row][3]}))
-    made = decoct("--threads", "2", "compress", args.model, recipe, "-o", args.work / "ours", "--fresh")
+    made = decoct("--threads", args.threads, "compress", args.model, recipe, "-o", args.work / "ours", "--fresh")
     return {key: made[key] for key in ("seconds", "peak_bytes", "decoct") if key in made}
 
 
@@ -146,8 +164,8 @@ def side_by_side(measured: Iterable[dict[str, Any]]) -> str:
     """Markdown."""
     head = "| | perplexity | mean KL | top-1 | seconds | peak memory |\n" + "|---" * 6 + "|"
     rows = [
-        f"| {row['row']}: {who} | {each['perplexity']:.2f} | {each['kl_mean']:.4f} | {100 * each['top1_agreement']:.1f} % "
-        f"| {each['seconds']:.0f} | {each['peak_bytes'] / 2**20:.0f} MiB |"
+        f"| {row['row']}{'*' * (row.get('threads') == 1)}: {who} | {each['perplexity']:.2f} | {each['kl_mean']:.4f} | {100 * each['top1_agreement']:.1f} % "
+        f"| {'' if each['seconds'] is None else format(each['seconds'], '.0f')} | {each['peak_bytes'] / 2**20:.0f} MiB |"
         for row in measured
         for who, each in ((f"{row['peer']['tool']} {row['peer']['version']}", row["peer"]), ("decoct", row["decoct"]))
     ]

@@ -3,6 +3,7 @@
 usage: quantization.py --model TESTBED --calibration c4.utf8 --text wiki.test.raw [--work DIR] [--rows NAME ...]
 """
 
+import re
 from typing import Any
 
 from rows import HERE, Rows, Stages, fill, linear
@@ -106,6 +107,7 @@ ROWS |= {
     "gptq, then block_ap 2 bit, zero points": (
         "quick", steps({"linear": {"gptq": {**grid(2), "symmetric": False}}}, {"block_ap": {}})
     ),
+    **{f"gptq {bits} bits, searched": ("quick", linear({"gptq": grid(4)}), {"bits": bits}) for bits in (4.25, 3.25)},
     "spinquant, gptq w4a4": ("quick", inputs([{"spinquant": {}}, *GPTQ4], **CLIPPED)),
     "aqlm 2 bit": ("quick", linear({"aqlm": {}})),
     "aqlm 3 bit": ("quick", linear({"aqlm": {"num_codebooks": 3}})),
@@ -116,5 +118,29 @@ ROWS |= {
     "onebit": ("quick", linear({"onebit": {}})),
 }  # fmt: skip
 
+CACHES = ("kivi", "kvquant", "rotated_int4", "fp8_cache")
+LOW_BITS = ("billm", "pb_llm", "ternary", "onebit")
+
+
+def kind(row: dict[str, Any]) -> str:
+    """The table of bench/quantization.md that a row belongs to."""
+    name, method = row["row"], row["row"].split(" ")[0]
+    if row["protocol"] == "standard":
+        return "standard"
+    if method in CACHES:
+        return "caches"
+    if method in LOW_BITS:
+        return "about one bit"
+    if name == "llm_int8" or any("inputs" in str(step) for step in ROWS.get(name, ("", []))[1]):
+        return "inputs"
+    return "weights"
+
+
+def order(row: dict[str, Any]) -> tuple[int, float]:
+    """Most bits first, of equal ones the least divergence."""
+    bits = re.search(r"(\d) bit", row["row"])
+    return -int(bits[1]) if bits and kind(row) in ("weights", "standard", "caches") else 0, row["kl_mean"]
+
+
 if __name__ == "__main__":
-    fill(ROWS, HERE / "results" / "quantization.jsonl", __doc__)
+    fill(ROWS, HERE / "results" / "quantization.jsonl", __doc__, HERE / "quantization.md", kind, order)

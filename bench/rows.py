@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,45 @@ KEYS = ("perplexity", "base_perplexity", "kl_mean", "kl_p99", "kl_p999", "top1_a
 CACHE_KEYS = ("cache_bits", "cache_token_bytes")  # of rows with a policy for keys and values
 
 Stages = list[dict[str, Any]]
-Rows = Mapping[str, tuple[str, Stages]]
-"""Protocol and stages by the row's name."""
+Search = dict[str, Any]
+Rows = Mapping[str, tuple[str, Stages] | tuple[str, Stages, Search]]
+"""By the row's name: protocol, stages and, where bits or sparsities are searched, the target."""
 
 
-def fill(rows: Rows, results: Path, about: str | None) -> None:
-    """Measure what the results file lacks; arguments from the command line."""
+def fill(
+    rows: Rows,
+    results: Path,
+    about: str | None,
+    page: Path | None = None,
+    kind: Callable[[dict[str, Any]], str] = lambda _: "",
+    order: Callable[[dict[str, Any]], Any] = lambda _: 0,
+) -> None:
+    """Measure what the results file lacks; arguments from the command line.
+
+    Args:
+        rows: what there is to measure.
+        results: one line of JSON a row.
+        about: of the script.
+        page: has a place for each table, see `write_tables`; None: `--page` prints one table.
+        kind: into which table a measured row belongs.
+        order: by which rows of a table are sorted.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=os.environ.get("DECOCT_TESTBED"), help="the testbed folder")
     parser.add_argument("--calibration", type=Path, default=os.environ.get("DECOCT_CALIBRATION"))
     parser.add_argument("--text", type=Path, default=os.environ.get("DECOCT_TEXT"))
     parser.add_argument("--work", type=Path, default=HERE.parent / ".bench")
     parser.add_argument("--rows", nargs="*", default=list(rows), help="only these")
-    parser.add_argument("--table", action="store_true", help="print what is measured so far as Markdown, and stop")
+    parser.add_argument("--threads", type=int, default=2, help="of each process; 1 where two lanes share two cores")
+    parser.add_argument("--page", action="store_true", help="write what is measured so far into the page, and stop")
     args = parser.parse_args()
-    if args.table:
-        print(table([json.loads(line) for line in results.read_text().splitlines()]))
+    if args.page:
+        measured = sorted((json.loads(line) for line in results.read_text().splitlines()), key=order)
+        tables = {name: table([row for row in measured if kind(row) == name]) for name in map(kind, measured)}
+        if page is None:
+            print(*tables.values(), sep="\n")
+        else:
+            write_tables(page, tables)
         return
     if None in (args.model, args.calibration, args.text):
         parser.error("give --model, --calibration and --text (bench/README.md says where they come from)")
@@ -52,13 +75,15 @@ def fill(rows: Rows, results: Path, about: str | None) -> None:
     done = {json.loads(line)["row"] for line in results.read_text().splitlines()} if results.exists() else set()
     for row in args.rows:
         if row not in done:
-            measured = measure(row, *rows[row], args)
+            measured = measure(row, args, *rows[row])
             with results.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(measured) + "\n")
             print(row, {k: measured[k] for k in ("perplexity", "kl_mean", "top1_agreement", "seconds")}, flush=True)
 
 
-def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    row: str, args: argparse.Namespace, protocol_name: str, stages: Stages, search: Search | None = None
+) -> dict[str, Any]:
     """Compress, evaluate, one line."""
     protocol = PROTOCOLS[protocol_name]
     out = args.work / re.sub(r"[^a-z0-9.]+", "-", row.lower().replace("%", "pct"))
@@ -66,16 +91,15 @@ def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespa
         "data": {
             "source": str(args.calibration), "num_sequences": protocol["sequences"], "sequence_length": protocol["length"],
         },
-        "stages": stages,
+        "stages": stages, "search": search,
     }  # fmt: skip
     args.work.mkdir(parents=True, exist_ok=True)
     file = out.parent / f"{out.name}.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    made = decoct(
-        "--threads", "2", "compress", args.model, file, "-o", out, *([] if (out / ".run").exists() else ["--fresh"])
-    )
+    fresh = [] if (out / ".run").exists() else ["--fresh"]
+    made = decoct("--threads", args.threads, "compress", args.model, file, "-o", out, *fresh)
     found = decoct(
-        "--threads", "2", "evaluate", out, "--against", args.model, "--text", args.text,
+        "--threads", args.threads, "evaluate", out, "--against", args.model, "--text", args.text,
         "--windows", protocol["windows"], "--length", protocol["window"], "--keep-base", args.work / "base",
     )  # fmt: skip
     shutil.rmtree(out)
@@ -84,20 +108,34 @@ def measure(row: str, protocol_name: str, stages: Stages, args: argparse.Namespa
         "calibration": f"{protocol['sequences']}x{protocol['length']} {args.calibration.name}",
         "evaluation": found["protocol"], **{key: found[key] for key in KEYS},
         **{key: found[key] for key in CACHE_KEYS if found[key] is not None},
-        "seconds": made["seconds"], "peak_bytes": made["peak_bytes"], "date": found["date"], "decoct": found["decoct"],
+        "seconds": made["seconds"], "peak_bytes": made["peak_bytes"], "threads": args.threads, "date": found["date"],
+        "decoct": found["decoct"],
     }  # fmt: skip
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    """Markdown, in the order of measuring."""
-    head = "| | perplexity | mean KL | KL 99 % | top-1 | bits per weight | bits a cached value | seconds | peak |"
+    """Markdown; bits of cached values where the rows are about them."""
+    caches = all("cache_bits" in row for row in measured)
+    bits = "bits a cached value" if caches else "bits per weight"
+    head = f"| | perplexity | mean KL | KL 99 % | top-1 | {bits} | seconds | peak memory |"
     lines = [
         f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
-        f"| {100 * row['top1_agreement']:.1f} % | {row['bits_per_weight']:.2f} "
-        f"| {row.get('cache_bits', 16):.3g} | {row['seconds']:.0f} | {row['peak_bytes'] / 2**20:.0f} MiB |"
+        f"| {100 * row['top1_agreement']:.1f} % | {row['cache_bits' if caches else 'bits_per_weight']:.2f} "
+        f"| {row['seconds']:.0f}{'*' * (row.get('threads') == 1)} | {row['peak_bytes'] / 2**20:.0f} MiB |"
         for row in measured
     ]
-    return "\n".join([head, "|---" * 9 + "|", *lines])
+    return "\n".join([head, "|---" * 8 + "|", *lines])
+
+
+def write_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Replace what stands in a page between `<!-- NAME -->` and `<!-- end -->` by each table."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        pattern = rf"(?s)(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+        if not re.search(pattern, text):
+            raise SystemExit(f"{page} has no place for the table {name}: <!-- {name} --> and <!-- end -->")
+        text = re.sub(pattern, lambda found, lines=lines: f"{found[1]}{lines}\n{found[2]}", text)
+    page.write_text(text, encoding="utf-8")
 
 
 def decoct(*arguments: object) -> dict[str, Any]:

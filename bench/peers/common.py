@@ -28,6 +28,7 @@ def arguments(about, methods, argv=None):
     parser.add_argument("--method", choices=methods, default=methods[0])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--pattern", default="50 %", help="weights to prune: 60 %%, or 2:4 (that survive)")
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")

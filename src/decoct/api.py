@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from decoct.engine.budget import planning_as_at, resident_bytes
 from decoct.engine.compress import Job, Watch, compress_job, is_result_of
 from decoct.engine.data import check_text
 from decoct.engine.stages import RecipePlan, plan_stages
@@ -159,9 +160,9 @@ def plan(
 def plan_search(
     model: str | Path | Model, recipe: RecipeLike, *, settings: Sequence[str] = ()
 ) -> tuple[SearchPlan, RecipePlan] | None:
-    """What a recipe's search would do and take, and the recipe as it would be with all bits alike; None: no search.
+    """What a recipe's search would do and take, and the recipe as it would be with all matrices alike; None: no search.
 
-    The second plan has the widest bits that keep the target everywhere; the real ones are not known yet.
+    The second plan has the mildest level that keeps the target everywhere; the real ones are not known yet.
 
     Args:
         model: folder, .gguf file, hub id, or an opened model.
@@ -177,8 +178,7 @@ def plan_search(
     opened = open_model(model)
     found = plan_bits(opened, parsed.stages, parsed.data, parsed.budget, parsed.search)
     target = found.target
-    fitting = [b for b in target.widths if 8 * sum(target.sizes(b).values()) / target.entries <= found.wanted_bits]
-    rules = target.rules(dict.fromkeys(target.names, max(fitting, default=target.widths[0])))
+    rules = target.rules(dict.fromkeys(target.names, found.alike))
     alike = with_rules(parsed, target.stage, target.step, rules)
     planned = plan_stages(opened, alike.stages, alike.data, alike.budget, None)
     _check_exports(planned, alike)
@@ -199,7 +199,7 @@ def compress(
 ) -> Result:
     """Run a recipe and write the result to `out`; the same call again resumes a run that was cut off.
 
-    A recipe with `search` has its bits chosen first, and is then run as an ordinary one.
+    A recipe with `search` has its bits or sparsities chosen first, and is then run as an ordinary one.
 
     Args:
         model: folder, .gguf file, hub id, or an opened model.
@@ -214,7 +214,7 @@ def compress(
     Raises:
         ValueError: anything the user can mend, in one line.
     """
-    parsed = load_recipe(recipe, settings)
+    parsed, loaded = load_recipe(recipe, settings), resident_bytes()
     folder = Path(out)
     job = Job(open_model(model), parsed.stages, parsed.data, parsed.budget, folder, fresh, _accept(parsed.export))
     about = "Written by decoct."
@@ -225,14 +225,16 @@ def compress(
         on_found(found)
         parsed, fresh = with_rules(parsed, target.stage, target.step, target.rules(found.choice)), False
         job = replace(job, stages=parsed.stages, fresh=fresh)
-        about = f"Bits chosen by decoct: {found.bits:.3f} bits per weight of the matrices searched."
+        what = f"{found.bits:.3f} bits per weight" if found.sparsity is None else f"{found.sparsity:.4f} removed"
+        about = f"{found.setting.capitalize()} chosen by decoct: {what} of the matrices searched."
     if write_recipe is not None:
         with atomic_path(Path(write_recipe)) as partial:
             partial.write_text(recipe_text(parsed, about), encoding="utf-8")
     missing = list(parsed.export)
     if not fresh and is_result_of(folder, job):
         missing = [form for form in missing if not (folder / form / "config.json").exists()]
-    result = compress_job(job, watch or Watch())
+    with planning_as_at(loaded):
+        result = compress_job(job, watch or Watch())
     for form in missing:
         shutil.rmtree(folder / form, ignore_errors=True)
         try:

@@ -42,7 +42,12 @@ BitsOption = Annotated[
     typer.Option("--bits", help="Choose each matrix's bits so that they average this, scales counted, e.g. 3.3."),
 ]
 SizeOption = Annotated[
-    str | None, typer.Option("--size", help="Choose each matrix's bits so that the result takes this, e.g. 60MiB.")
+    str | None,
+    typer.Option("--size", help="Choose each matrix's bits (or sparsity) so that the result takes this, e.g. 60MiB."),
+]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option("--sparsity", help="Choose each matrix's sparsity so that this fraction of all goes, e.g. 0.6."),
 ]
 MemoryOption = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Memory limit, e.g. 3GiB.")]
 
@@ -79,6 +84,7 @@ def plan(
     settings: SetOption = None,
     bits: BitsOption = None,
     size: SizeOption = None,
+    sparsity: SparsityOption = None,
     data: TextOption = None,
     memory: MemoryOption = None,
     json: JsonOption = False,
@@ -87,8 +93,15 @@ def plan(
     import decoct
 
     with _errors(json=json):
-        changes = _target(bits, size)
-        chosen, changes = _recipe(recipe, preset, [*(settings or []), *changes], data, memory, search=bool(changes))
+        changes = _target(bits, size, sparsity)
+        chosen, changes = _recipe(
+            recipe,
+            preset,
+            [*(settings or []), *changes],
+            data,
+            memory,
+            bare=_BARE[sparsity is not None] if changes else None,
+        )
         searching = decoct.plan_search(model, chosen, settings=changes)
         found = decoct.plan(model, chosen, settings=changes) if searching is None else searching[1]
         value = _plan_json(found) | ({} if searching is None else {"search": _search_json(searching[0])})
@@ -110,6 +123,7 @@ def compress(
     settings: SetOption = None,
     bits: BitsOption = None,
     size: SizeOption = None,
+    sparsity: SparsityOption = None,
     write_recipe: Annotated[
         Path | None, typer.Option("--write-recipe", metavar="FILE", help="Write the recipe that was found, as YAML.")
     ] = None,
@@ -124,8 +138,15 @@ def compress(
     with _errors(json=json, resumable=True):
         if out is None:
             raise typer.BadParameter("say where the result goes: -o OUT", param_hint="-o / --out")
-        changes = _target(bits, size)
-        chosen, changes = _recipe(recipe, preset, [*(settings or []), *changes], data, memory, search=bool(changes))
+        changes = _target(bits, size, sparsity)
+        chosen, changes = _recipe(
+            recipe,
+            preset,
+            [*(settings or []), *changes],
+            data,
+            memory,
+            bare=_BARE[sparsity is not None] if changes else None,
+        )
         console = Console.for_stderr()
         with console.progress() as watch:
             result = decoct.compress(
@@ -206,18 +227,21 @@ def methods(json: JsonOption = False) -> None:
         _answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
 
 
+_BARE = {False: "w4", True: "sparse50"}  # what a search for bits (or sparsities) takes where no recipe is given
+
+
 def main() -> None:
     """Entry point of the `decoct` command."""
     app()
 
 
-def _target(bits: float | None, size: str | None) -> list[str]:
+def _target(bits: float | None, size: str | None, sparsity: float | None) -> list[str]:
     """Settings for a search; what is given here replaces the recipe's own target."""
-    if bits is not None and size is not None:
-        raise typer.BadParameter("give --bits or --size, not both", param_hint="--bits / --size")
-    if bits is not None:
-        return [f"search.bits={bits}", "search.size=null"]
-    return [] if size is None else [f"search.size={size}", "search.bits=null"]
+    targets = {"bits": bits, "size": size, "sparsity": sparsity}
+    given = [key for key, value in targets.items() if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"give one of --{' and --'.join(given)}", param_hint="--bits / --size / --sparsity")
+    return [f"search.{key}={'null' if value is None else value}" for key, value in targets.items()] if given else []
 
 
 def _recipe(
@@ -227,7 +251,7 @@ def _recipe(
     data: str | None,
     memory: str | None,
     *,
-    search: bool,
+    bare: str | None,
 ) -> tuple[list[str | Path], list[str]]:
     chosen: list[str | Path] = [Path(recipe)] if recipe else []
     if recipe and Path(recipe).suffix not in (".yaml", ".yml"):
@@ -235,8 +259,8 @@ def _recipe(
             f"{recipe} is no .yaml file; presets are given as --preset {recipe}", param_hint="RECIPE"
         )
     chosen += preset or []
-    if search and not chosen:
-        chosen = ["w4"]  # GPTQ with groups of 64, whose bits are then chosen
+    if bare is not None and not chosen:
+        chosen = [bare]
     if not chosen:
         raise typer.BadParameter("give a recipe file, or a preset such as --preset w4", param_hint="RECIPE")
     changes = list(settings or [])
@@ -265,8 +289,10 @@ def _search_json(found: "SearchPlan") -> dict[str, object]:
         "groups": len(target.ties),
         "matrices": len(target.names),
         "parameters": target.entries,
-        "widths": list(target.widths),
+        "setting": target.setting,
+        "levels": list(target.levels),
         "wanted_bits": found.wanted_bits,
+        "wanted_sparsity": found.wanted_sparsity,
         "least_bits": found.least_bits,
         "most_bits": found.most_bits,
         "peak_bytes": found.peak_bytes,

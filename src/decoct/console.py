@@ -33,6 +33,7 @@ _SHOWN = (
     "window",
     "sparsity",
     "keep",
+    "num_dropped",
     "rank",
     "num_steps",
     "learning_rate",
@@ -131,27 +132,37 @@ class Console:
         )
 
     def search_plan(self, found: "SearchPlan") -> None:
-        """What comes before a recipe whose bits are searched."""
+        """What comes before a recipe whose bits or sparsities are searched."""
         target = found.target
         name = target.method.__name__.lower()
-        widths = ", ".join(map(str, target.widths))
+        levels = ", ".join(map(str, target.levels))
         self.line(
-            f"search   {name}'s bits, from {widths}, for {len(target.ties)} groups of {len(target.names)} matrices "
-            f"({_count(target.entries)} weights)"
+            f"search   {name}'s {target.setting}, from {levels}, for {len(target.ties)} groups of "
+            f"{len(target.names)} matrices ({_count(target.entries)} weights)"
         )
-        self.line(
-            f"target   {found.wanted_bits:.2f} bits per weight of these, scales counted; "
-            f"{found.least_bits:.2f} to {found.most_bits:.2f} can be had"
-        )
+        if found.wanted_sparsity is None:
+            self.line(
+                f"target   {found.wanted_bits:.2f} bits per weight of these, scales counted; "
+                f"{found.least_bits:.2f} to {found.most_bits:.2f} can be had"
+            )
+        else:
+            self.line(
+                f"target   {100 * found.wanted_sparsity:g} % of these removed; "
+                f"{100 * target.levels[-1]:g} to {100 * target.levels[0]:g} % can be had"
+            )
         self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
         self.line(f"disk     about {_size(found.disk_bytes)} while it runs")
-        self.line(f"time     about {_duration(found.seconds)}, then the recipe with the bits that it finds:")
+        self.line(f"time     about {_duration(found.seconds)}, then the recipe with the choice that it finds:")
 
     def found(self, found: "Found") -> None:
         """What a search chose."""
         counts = Counter(found.choice.values())
-        shown = ", ".join(f"{count} with {bits} bits" for bits, count in sorted(counts.items()))
-        self.line(f"chose    {found.bits:.3f} bits per weight: {shown}")
+        if found.sparsity is None:
+            shown = ", ".join(f"{count} with {bits} bits" for bits, count in sorted(counts.items()))
+            self.line(f"chose    {found.bits:.3f} bits per weight: {shown}")
+        else:
+            shown = ", ".join(f"{count} without {100 * level:g} %" for level, count in sorted(counts.items()))
+            self.line(f"chose    {100 * found.sparsity:.2f} % removed: {shown}")
         if found.divergence is not None and found.first is not None:
             self.line(f"KL       {found.divergence:.4f} on calibration text, {found.first:.4f} before the evolution")
 
@@ -294,7 +305,7 @@ def _method(method: "AnyMethod") -> str:
 
     ((name, settings),) = method_settings(method).items()
     shown = [f"{key} {settings[key]}" for key in _SHOWN if settings.get(key) is not None]
-    return f"{name} ({', '.join(shown)})"
+    return f"{name} ({', '.join(shown)})" if shown else name
 
 
 def _size(nbytes: float) -> str:

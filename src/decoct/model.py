@@ -157,6 +157,15 @@ class Model:
         """Bytes of all tensors in the checkpoint."""
         return sum(self.source.dtype(n).itemsize * prod(self.source.shape(n)) for n in self._kept_raw_names)
 
+    def nbytes_under(self, prefix: str) -> int:
+        """Bytes of all tensors whose names, or the names of whose slots, begin so: a block's, or one slot's."""
+        base = self.family.base_prefix
+        return sum(
+            self.source.dtype(raw).itemsize * prod(self.source.shape(raw))
+            for raw in self._kept_raw_names
+            if raw.startswith(prefix) or (base + raw).startswith(prefix)
+        )
+
     @property
     def num_parameters(self) -> int:
         """Entries of all matrices and vectors before any compression; a tied embedding counts once."""

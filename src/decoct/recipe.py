@@ -13,24 +13,36 @@ from decoct.engine.budget import Budget
 from decoct.engine.data import Data
 from decoct.engine.plan import StepRules
 from decoct.engine.rules import Rule
-from decoct.engine.stages import BlocksStage, CacheStage, ModelStage, Stage
+from decoct.engine.stages import (
+    BlocksStage,
+    CacheStage,
+    DepthStage,
+    ExpertStage,
+    ModelStage,
+    SliceStage,
+    Stage,
+    WidthStage,
+)
 from decoct.methods import (
     METHODS,
     AnyMethod,
-    BlockMethod,
+    BlockStep,
     CacheMethod,
-    EdgeScaling,
     Guided,
     LinearMethod,
     ModelMethod,
-    Rotation,
+    name_of,
 )
+from decoct.methods.depth import DepthMethod
+from decoct.methods.experts import ExpertMethod
+from decoct.methods.prune.slicegpt import SliceGPT
 from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.methods.width import WidthMethod
 from decoct.search.settings import Search
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
-_BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockMethod | EdgeScaling | Rotation)]
+_BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockStep)]
 _MODEL_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, ModelMethod)]
 _CACHE_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, CacheMethod)]
 _TOP_KEYS = ("name", "about", "data", "budget", "search", "stages", "export")
@@ -182,7 +194,7 @@ def method_settings(method: AnyMethod) -> dict[str, Any]:
     if isinstance(method, Guided):
         ((name, settings),) = method_settings(method.method).items()
         return {name: {**settings, "guided": method.groups}}
-    name = next(name for name, cls in METHODS.items() if type(method) is cls)
+    name = name_of(method)
     return {name: asdict(method)}
 
 
@@ -216,9 +228,7 @@ def build_method(name: str, value: Any, where: str) -> AnyMethod:
 def _stage(value: Any, where: str) -> Stage:
     kind, inner = _single(value, where)
     if kind in _MODEL_METHODS:
-        method = build_method(kind, inner, where)
-        assert isinstance(method, E2EQP)
-        return ModelStage(method, method_settings(method))
+        return _model_stage(build_method(kind, inner, where))
     if kind == "cache":
         name, settings = _single(inner, f"{where}.cache")
         if name not in _CACHE_METHODS:
@@ -241,6 +251,22 @@ def _stage(value: Any, where: str) -> Stage:
     return BlocksStage(steps, {"blocks": [_step_settings(step) for step in steps]})
 
 
+def _model_stage(method: AnyMethod) -> Stage:
+    """The stage of a method on the whole model."""
+    settings = method_settings(method)
+    match method:
+        case DepthMethod():
+            return DepthStage(method, settings)
+        case WidthMethod():
+            return WidthStage(method, settings)
+        case SliceGPT():
+            return SliceStage(method, settings)
+        case ExpertMethod():
+            return ExpertStage(method, settings)
+    assert isinstance(method, E2EQP)
+    return ModelStage(method, settings)
+
+
 def _step(value: Any, where: str) -> StepRules:
     kind, inner = _single(value, where)
     if kind != "linear":
@@ -249,7 +275,7 @@ def _step(value: Any, where: str) -> StepRules:
         method = build_method(kind, inner, where)
         if isinstance(method, ModelMethod | CacheMethod):
             raise _no_step(method, kind, where)
-        if not isinstance(method, BlockMethod | EdgeScaling | Rotation):
+        if not isinstance(method, BlockStep):
             raise RecipeError(f"{where}: {kind} works on single matrices; write {{linear: {{{kind}: …}}}}")
         return method
     rules = inner if isinstance(inner, list) else [inner]
@@ -270,7 +296,7 @@ def _rule(value: Any, where: str) -> Rule:
     patterns = _strings(match, f"{where}.match")
     share = _typed(float, value.get("min_share", 0.0), f"{where}.min_share")
     method = None if leave else _guided(names[0], value[names[0]], where)
-    if isinstance(method, BlockMethod | EdgeScaling | Rotation):
+    if isinstance(method, BlockStep):
         raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
     if isinstance(method, ModelMethod | CacheMethod):
         raise _no_step(method, names[0], where)

@@ -1,7 +1,5 @@
 """Statistics of a linear layer's inputs: accumulators that merge, so shards and resumed runs add up alike."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -9,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decoct.ops.hadamard import rotate
+from decoct.ops.products import bf16_products
 
 _TILE = 512  # Gram matrices are symmetric: tiles below the diagonal are mirrored, not computed
 
@@ -52,7 +51,7 @@ class Gram:
     """Σ x·xᵀ over tokens, float32: what GPTQ, SparseGPT, SVD-LLM and SliceGPT need.
 
     Attributes:
-        total: [in, in], the plain sum.
+        total: [in, in], the plain sum; what lies below the diagonal need not be filled in, see `full`.
         num_tokens: how many inputs it holds.
     """
 
@@ -76,7 +75,7 @@ class Gram:
         """Add x·xᵀ of each token; bfloat16 inputs are multiplied as such where the CPU can, and summed in float32."""
         exact = x.dtype == torch.bfloat16
         values = x.float()
-        with _bf16_products(enabled=exact):
+        with bf16_products(enabled=exact):
             for start in range(0, values.shape[1], _TILE):
                 rows = values[:, start : start + _TILE].T
                 self.total[start : start + _TILE, start:].addmm_(rows, values[:, start:])
@@ -94,14 +93,16 @@ class Gram:
         """
         if self.num_tokens == 0:
             raise ValueError("no calibration token reached this layer")
+        return self.full().to(dtype).mul_(2.0 / self.num_tokens)
+
+    def full(self) -> Float[Tensor, "in in"]:
+        """Σ x·xᵀ, symmetric; `total` holds only what lies on its diagonal and above."""
         upper = self.total.triu()
-        full = upper + upper.triu(1).T
-        return full.to(dtype).mul_(2.0 / self.num_tokens)
+        return upper + upper.triu(1).T
 
     def through(self, right: Float[Tensor, "rank in"]) -> "Gram":
         """The statistic of right·x: what the left factor of a low-rank pair sees."""
-        full = self.total.triu() + self.total.triu(1).T
-        return Gram(right.float() @ full @ right.float().T, self.num_tokens)
+        return Gram(right.float() @ self.full() @ right.float().T, self.num_tokens)
 
     def scaled(self, factor: Float[Tensor, "in"]) -> Self:
         """The statistic of factor·x."""
@@ -109,7 +110,7 @@ class Gram:
 
     def rotated(self) -> Self:
         """The statistic of H·x."""
-        return type(self)(rotate(self.total.triu() + self.total.triu(1).T), self.num_tokens)
+        return type(self)(rotate(self.full()), self.num_tokens)
 
     @staticmethod
     def nbytes_for(width: int) -> int:
@@ -377,21 +378,3 @@ class Moments:
     def nbytes_for(width: int) -> int:
         """Three float64 [width]."""
         return 24 * width
-
-
-@contextmanager
-def _bf16_products(*, enabled: bool) -> Iterator[None]:
-    """Let float32 matrix products of values that are exact in bfloat16 run on the CPU's bfloat16 units.
-
-    The factors lose nothing, sums stay in float32, and the product is two to three times as fast.
-    """
-    if not enabled:
-        yield
-        return
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # missing from torch's stubs
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

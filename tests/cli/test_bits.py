@@ -30,7 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan(base: Path) -> None:
     command = ["plan", base, "--bits", 5, *SMALL, *TOKENS, "--data", base.parent / "text.txt"]
     found = answer(*command)
-    assert found["search"]["widths"] == [2, 4]
+    assert found["search"]["levels"] == [2, 4]
     assert found["search"]["matrices"] == 21
     assert found["search"]["wanted_bits"] == 5
     shown = invoke(*command).stdout
@@ -53,7 +53,7 @@ def test_wrong_use(base: Path, tmp_path: Path) -> None:
     text = ["--data", base.parent / "text.txt"]
     both = invoke("compress", base, "--bits", 3, "--size", "1MiB", *text, "-o", tmp_path / "out")
     assert both.exit_code == 2
-    assert "not both" in both.stderr
+    assert "give one of --bits" in both.stderr
     low = invoke("compress", base, "--bits", 1.2, *SMALL, *TOKENS, *text, "-o", tmp_path / "out")
     assert low.exit_code == 1
     assert low.stderr.startswith("error: 1.2 bits cannot be met")

@@ -210,8 +210,15 @@ def test_presets_plan(name: str, base: Path) -> None:
     wide = base.parent / "wide"
     if not wide.exists():
         wide.mkdir()
-        make_base(wide, hidden_size=128, intermediate_size=256, head_dim=32, max_position_embeddings=1024)
-    assert answer("plan", wide / "base", "--preset", name)["bits_per_weight"] < (33 if name == "kv4" else 32)
+        shape = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32, "num_hidden_layers": 6}
+        make_base(wide, max_position_embeddings=1024, **shape)
+    before = answer("inspect", wide / "base")["nbytes"]
+    planned = answer("plan", wide / "base", "--preset", name)
+    if name in ("kv4", "width20", "depth4"):  # these leave weights as they are
+        assert planned["bits_per_weight"] == pytest.approx(32)
+        assert (planned["output_bytes"] < before) == (name != "kv4")
+    else:
+        assert planned["bits_per_weight"] < 32
 
 
 @pytest.mark.parametrize("json_option", [(), ("--json",)])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import decoct
 import decoct.hf  # registers the format
-from decoct.engine import cache
+from decoct.engine import cache, copy
 from decoct.engine.data import text_tokens
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.evaluation import evaluate_model
@@ -81,13 +81,13 @@ def test_resumed_it_gives_the_same_bits(part: int, base: Path, tmp_path: Path, m
     with pytest.raises(Crash):
         run(base, tmp_path / "out", stages=[STAGE], watch=stop_after(part))
     written = []
-    original = cache.write_shard
+    original = copy.write_shard
 
     def spy(path: Path, *arguments: Any) -> int:
         written.append(path.name)
         return original(path, *arguments)
 
-    monkeypatch.setattr(cache, "write_shard", spy)
+    monkeypatch.setattr(copy, "write_shard", spy)
     assert digests(run(base, tmp_path / "out", stages=[STAGE]).folder) == expected
     assert len(written) == 5 - (part + 1)
 

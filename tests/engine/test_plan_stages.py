@@ -11,6 +11,8 @@ import torch
 
 import decoct
 from decoct.engine import disk, tune
+from decoct.engine import stages as stages_module
+from decoct.engine.budget import planning_as_at, resident_bytes
 from decoct.engine.compress import Watch
 from decoct.engine.plan_tuning import plan_tuning
 from decoct.engine.stages import RecipePlan, plan_stages
@@ -108,7 +110,7 @@ def test_shared_weights_are_refused(base: Path) -> None:
     model = replace(job.model, described={reader: shared})
     earlier = plan_stages(job.model, job.stages[:1], job.data, job.budget, None).stages
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is shared with another matrix"):
-        plan_tuning(model, E2EQP(), job.data, job.budget, earlier)
+        plan_tuning(model, model, E2EQP(), job.data, job.budget, earlier)
 
 
 FIRST: dict[str, tuple[Settings, ...]] = {
@@ -304,3 +306,30 @@ def test_every_stage_keeps_what_it_began_to_compute_in(tmp_path: Path, monkeypat
     other = run(base, tmp_path / "out", stages=TUNED).folder
     lineage = json.loads((other / "decoct.json").read_text())["lineage"]
     assert lineage[1]["compute_dtype"] == "bfloat16"
+
+
+def test_what_a_run_has_loaded_is_not_counted_twice() -> None:
+    now = resident_bytes()
+    with planning_as_at(now // 2):
+        assert resident_bytes() == now // 2
+    with planning_as_at(2 * now):
+        assert resident_bytes() < 2 * now
+    assert resident_bytes() > now // 2
+
+
+def test_a_later_stage_is_planned_again_with_the_first_model_as_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path)
+    seen: list[int] = []
+    plan = stages_module.plan_tuning
+
+    def listen(model: Model, teacher: Model, *rest: Any) -> Any:
+        seen.append(teacher.num_blocks)
+        return plan(model, teacher, *rest)
+
+    monkeypatch.setattr(stages_module, "plan_tuning", listen)
+    blocks = open_model(base).num_blocks
+    tuned = [{"shortgpt": {"num_dropped": 1}}, {"blocks": [RTN]}, {"e2e_qp": {"num_steps": 1, "batch_size": 1}}]
+    run(base, tmp_path / "out", stages=tuned)
+    assert seen == [blocks, blocks], "planned at first, and again when it shows which blocks are left"

@@ -60,7 +60,34 @@ def test_presets_are_planned(family: str, tmp_path: Path) -> None:
         assert planned.bits_per_weight < (33 if preset == "kv4" else 16)
 
 
-@pytest.mark.parametrize("preset", presets())
+STRUCTURE = {"depth4", "width20"}
+"""Presets whose results are plain checkpoints with fewer or smaller matrices."""
+
+
+@pytest.mark.parametrize("preset", sorted(STRUCTURE))
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_presets_that_change_shapes_run(family: str, preset: str, tmp_path: Path) -> None:
+    deep = {"n_layer": 6} if family == "gpt2" else {"num_hidden_layers": 6}
+    base = make_base(tmp_path, family, **{**WIDTHS.get(family, WIDE), **deep})
+    result = decoct.compress(base, preset, tmp_path / "out", settings=settings(base, preset))
+    made = open_model(result.folder)
+    assert not made.described
+    assert made.num_parameters < 0.85 * open_model(base).num_parameters
+    measured = decoct.evaluate(made, text=tmp_path / "text.txt", against=base, windows=2, length=16)
+    assert measured.kl_mean is not None
+
+
+def test_presets_one_after_another(tmp_path: Path) -> None:
+    """What the guide shows: narrower first, then 4 bits with the preset's own groups of 64."""
+    base = make_base(tmp_path, "llama", **{**WIDE, "intermediate_size": 320, "num_hidden_layers": 2})
+    chosen = settings(base, "w4")
+    result = decoct.compress(base, ["width20", "w4"], tmp_path / "out", settings=chosen)
+    made = open_model(result.folder)
+    assert made.config["intermediate_size"] in (128, 192, 256)
+    assert made.described["model.layers.1.mlp.down_proj.weight"]["kind"] == "GroupInt"
+
+
+@pytest.mark.parametrize("preset", sorted(presets().keys() - STRUCTURE))
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3_moe", "gpt2"])
 def test_presets_run(family: str, preset: str, tmp_path: Path) -> None:
     base = wide(tmp_path, family)

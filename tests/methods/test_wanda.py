@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.methods.prune.wanda import Wanda, wanda_mask
+from decoct.methods.prune.wanda import Wanda, wanda_score
 from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.rtn import RTN
+from decoct.ops.sparsity import Pattern
 from decoct.stats import ColumnNorm, Gram
 from decoct.weights import Dense, GroupInt, Masked, Sparse
 from tests.reference import wanda as reference
@@ -44,14 +45,15 @@ def test_patterns_keep_n_of_every_m(n: int, m: int) -> None:
 
 
 def test_ties_drop_the_earlier_entries() -> None:
-    mask = wanda_mask(torch.ones(2, 8), torch.ones(8), num_dropped=3)
+    mask = Pattern(3, 8).survivors(wanda_score(torch.ones(2, 8), torch.ones(8)))
     assert mask.tolist() == [[False] * 3 + [True] * 5] * 2
     assert mask.tolist() == reference.survivors([[1.0] * 8] * 2, [[1.0] * 8], 3)
 
 
 def test_inputs_decide_as_much_as_weights() -> None:
     w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert wanda_mask(w, torch.tensor([9.0, 1.0, 1.0, 1.0]), num_dropped=2).tolist() == [[True, False, False, True]]
+    score = wanda_score(w, torch.tensor([9.0, 1.0, 1.0, 1.0]))
+    assert Pattern(2, 4).survivors(score).tolist() == [[True, False, False, True]]
 
 
 def test_a_pruned_weight_pruned_further_only_loses_entries() -> None:

@@ -80,7 +80,18 @@ def method_files() -> list[Path]:
 
 
 BASES = {
-    f"decoct.methods.{name}" for name in ("base", "block_learning", "cache_policy", "learned_division", "learned_grid")
+    f"decoct.methods.{name}"
+    for name in (
+        "base",
+        "block_learning",
+        "cache_policy",
+        "depth",
+        "experts",
+        "learned_division",
+        "learned_grid",
+        "pruning",
+        "width",
+    )
 }
 
 

@@ -199,7 +199,7 @@ def test_an_unfinished_run_has_its_bits(base: Path, tmp_path: Path, monkeypatch:
         patch.setattr("decoct.engine.stream.write_shard", crash_at(2, forbidden))
         with pytest.raises((Crash, AssertionError)):
             decoct.compress(base, recipe(base, bits=3.3), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"unfinished run with other bits; repeat the first command.*--fresh"):
+    with pytest.raises(ValueError, match=r"unfinished run with another choice; repeat the first command.*--fresh"):
         decoct.compress(base, recipe(base, bits=4.5), tmp_path / "out")
     monkeypatch.setattr(find, "find_costs", forbidden)
     searched(base, tmp_path / "out", recipe(base, bits=3.3))
@@ -247,7 +247,7 @@ def test_several_streamed_stages_are_refused(base: Path) -> None:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"bits": 3, "size": "1MiB"}, "either bits"),
+        ({"bits": 3, "size": "1MiB"}, "one of bits"),
         ({"widths": [3, 3]}, "at least two different"),
         ({"bit": 3}, "did you mean 'bits'"),
         ({"size": "huge"}, "not a size"),

@@ -39,16 +39,16 @@ class Searched:
 
     def table(self) -> tuple[list[list[float]], list[list[int]]]:
         """Costs and bytes of each group's options."""
-        widths = self.target.widths
-        costs = [[sum(self.costs[n][b] for n in tie.names) for b in widths] for tie in self.target.ties]
-        sizes = [[sum(self.candidates.nbytes(n, b) for n in tie.names) for b in widths] for tie in self.target.ties]
+        levels = self.target.levels
+        costs = [[sum(self.costs[n][b] for n in tie.names) for b in levels] for tie in self.target.ties]
+        sizes = [[sum(self.candidates.nbytes(n, b) for n in tie.names) for b in levels] for tie in self.target.ties]
         return costs, sizes
 
     def solved(self, budget: int) -> dict[str, int]:
         """The estimates' choice."""
         options = solve(*self.table(), budget)
         return {
-            name: self.target.widths[option]
+            name: self.target.levels[option]
             for tie, option in zip(self.target.ties, options, strict=True)
             for name in tie.names
         }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoct.weights import Codebook, GroupInt, Masked, Stacked, Sum, Weight, stack
+from decoct.weights import Codebook, GroupInt, Masked, Sparse, Stacked, Sum, Weight, stack
 from tests.reference.inputs import gaussian
 from tests.weights.samples import codebook, columns, group_int, mask
 
@@ -13,6 +13,11 @@ PARTS: dict[str, tuple[list[Weight], type[Weight]]] = {
     "one scale for each": ([group_int(5, group_size="tensor"), group_int(7, group_size="tensor")], Stacked),
     "other bits": ([group_int(5, bits=3), group_int(7, bits=4)], Stacked),
     "masked": ([Masked.of(group_int(), mask()), Masked.of(group_int(seed=2), mask(keep=0.2))], Masked),
+    "sparse": ([Sparse.of(gaussian(12, 24), mask()), Sparse.of(gaussian(12, 24), ~mask())], Sparse),
+    "sparse in two ways": (
+        [Sparse.of(gaussian(12, 512), mask(12, 512)), Sparse.of(gaussian(12, 512), mask(12, 512, 0.004))],
+        Stacked,
+    ),
     "a table for each row": ([codebook(bits=3), codebook(bits=3)], Codebook),
     "tables shared by rows": ([codebook(bits=4, tables=3), codebook(bits=4, tables=3)], Stacked),
     "sums": ([Sum.of(group_int(), columns()), Sum.of(group_int(), columns((0,)))], Stacked),

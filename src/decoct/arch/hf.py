@@ -215,15 +215,43 @@ def _with_bias(layer: nn.Module, product: Callable[[Tensor], Tensor], x: Tensor)
     return product(x) if bias is None else product(x) + bias
 
 
-def _empty_model(config: Config) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+def layer_settings(config: Config, num_blocks: int) -> dict[str, list[Any]]:
+    """Settings that a model has for each of its blocks (which of them look back how far, say), one entry a block.
+
+    Transformers derives some of them from a block's number where the config does not list them.
+    """
+    return {
+        key: value
+        for key, value in all_settings(config).items()
+        if "layer" in key and isinstance(value, list) and len(value) == num_blocks
+    }
+
+
+def all_settings(config: Config) -> dict[str, Any]:
+    """Every setting that transformers knows for a config, those included that the config leaves out."""
+    return dict(_hf_config(config).to_dict())
+
+
+def _hf_config(config: Config) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
 
     settings = {k: v for k, v in config.items() if k not in {"quantization_config", "model_type"}}
+    try:
+        return AutoConfig.for_model(config["model_type"], **settings)
+    except StrictDataclassError as error:
+        reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ").rstrip(".")
+        raise ValueError(f"transformers refuses the config: {reason}") from None
+
+
+def _empty_model(config: Config) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about generation settings; nothing is generated from a skeleton
-        hf_config = AutoConfig.for_model(config["model_type"], **settings)
+        hf_config = _hf_config(config)
         hf_config._experts_implementation = "eager"  # noqa: SLF001 - one expert after another, on any device
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(hf_config)
@@ -267,10 +295,20 @@ def expert_inputs(
     """
     hidden, chosen = arguments[0], arguments[1]
     x = hidden[(chosen == expert).any(-1)]
+    return x, _middle(experts, x, expert)
+
+
+def expert_answers(experts: nn.Module, hidden: Float[Tensor, "tokens in"], expert: int) -> Float[Tensor, "tokens in"]:
+    """What one expert of the fused experts module, its real tensors in place, answers to these tokens, ungated."""
+    down = cast("Tensor", experts.down_proj)[expert]
+    return nn.functional.linear(_middle(experts, hidden, expert), down)
+
+
+def _middle(experts: nn.Module, x: Float[Tensor, "tokens in"], expert: int) -> Float[Tensor, "tokens mid"]:
     gate_up = cast("Tensor", experts.gate_up_proj)[expert]
     gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
     activation = cast("nn.Module", experts.act_fn)
-    return x, activation(gate) * up
+    return cast("Tensor", activation(gate) * up)
 
 
 def dense_model(config: Config, family: Family, tensors: Tensors) -> Any:

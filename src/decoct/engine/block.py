@@ -10,6 +10,7 @@ from decoct.arch import Slot
 from decoct.engine.passage import BlockPassage
 from decoct.engine.rules import Method, statistic
 from decoct.methods import BlockMethod, BlockWeights, LinearMethod
+from decoct.methods.experts import ExpertStat
 from decoct.weights import Weight
 
 Stats = Mapping[str, Mapping[type[Any], Any]]
@@ -30,6 +31,7 @@ class Block:
         passage: calibration through the block, for steps that run it; None outside the blocks, or if none does.
         vectors: norms, biases and the like, by full name.
         prefix: of the full names of a block's tensors; None outside the blocks.
+        answers: what was noted of its experts' answers; None: nothing.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Block:
     passage: BlockPassage | None = None
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: str | None = None
+    answers: ExpertStat | None = None
 
     def with_weights(self, new: Mapping[str, Weight]) -> "Block":
         """The block with other weights in some slots."""

@@ -3,6 +3,9 @@
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import psutil
@@ -55,12 +58,27 @@ class Budget(BaseModel):
 
     def host_limit(self) -> int:
         """The limit in force, bytes."""
-        return self.host or int(resident_bytes() + _HEADROOM * psutil.virtual_memory().available)
+        held = psutil.Process().memory_info().rss
+        return self.host or int(held + _HEADROOM * psutil.virtual_memory().available)
+
+
+_loaded: ContextVar[int | None] = ContextVar("_loaded", default=None)
 
 
 def resident_bytes() -> int:
-    """Memory this process holds now."""
-    return int(psutil.Process().memory_info().rss)
+    """Memory this process holds now; inside `planning_as_at` at most what it held then."""
+    now, then = int(psutil.Process().memory_info().rss), _loaded.get()
+    return now if then is None else min(now, then)
+
+
+@contextmanager
+def planning_as_at(loaded: int) -> Iterator[None]:
+    """Plan as when so many bytes were resident: what a run has loaded since is counted in every plan already."""
+    token = _loaded.set(loaded)
+    try:
+        yield
+    finally:
+        _loaded.reset(token)
 
 
 def peak_resident_bytes() -> int:

@@ -1,6 +1,5 @@
 """Saving a key-value cache policy with a model: what it learns from calibration, and the weights as they are."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from decoct.engine.copy import copy_parts
 from decoct.engine.gradients import Sweep
 from decoct.engine.journal import Journal
 from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
-from decoct.engine.write import contents, shard_name, write_shard
 from decoct.methods import CacheMethod, Place
 from decoct.methods.policy import Learned, describe_policy
 from decoct.model import Model
@@ -61,18 +60,7 @@ def run_cache(todo: CachePass) -> None:
         if todo.tokens is not None:
             learned = (_by_gradients if todo.method.by_gradients else _forwards)(todo, todo.tokens)
         write_json(todo.folder / _POLICY, describe_policy(todo.method, learned))
-    model, parts = todo.model, list(contents(todo.model))
-    transposed = {name for name, slot in model.slots().items() if slot.transposed}
-    for number, (part, slots, others) in enumerate(parts):
-        started = time.perf_counter()
-        if todo.journal.finished(part) is None:
-            shard = todo.folder / shard_name(number, len(parts))
-            weights = {name: model.weight(name) for name in slots}
-            nbytes = write_shard(shard, weights, {name: model.tensor(name) for name in others}, transposed)
-            todo.journal.finish(part, shard, error=None, nbytes=nbytes, starved=[])
-        line = todo.journal.parts[part]
-        seconds = time.perf_counter() - started
-        todo.on_event(Event(part, number + 1, len(parts), None, seconds, line["nbytes"]))
+    copy_parts(todo.model, {}, todo.folder, todo.journal, todo.on_event)
 
 
 def written_policy(folder: Path) -> Mapping[str, Any]:
@@ -108,7 +96,7 @@ def _forwards(todo: CachePass, tokens: Int[Tensor, "sequences length"]) -> Learn
     """Run the model block by block on the calibration text; the policy learns from each block's keys and values."""
     model, runner = todo.model, Runner(todo.model, todo.dtype)
     table = model.weight(model.family.embed).unpack(todo.dtype)
-    hidden = torch.cat([runner.embed(sequence.unsqueeze(0), table) for sequence in tokens])
+    hidden = runner.embed_all(tokens, table)
     size = runner.batch_size(*tokens.shape)
     learned = []
     for block, place in enumerate(_places(runner)):

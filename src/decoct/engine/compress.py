@@ -13,20 +13,39 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from decoct.engine.budget import Budget
+from decoct.engine.allocate import Allocating, allocated, allocates
+from decoct.engine.budget import Budget, planning_as_at, resident_bytes
 from decoct.engine.cache import CachePass, run_cache, written_policy
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
 from decoct.engine.find_guidance import Finding, find_guidance
+from decoct.engine.find_information import Informing, find_information
 from decoct.engine.guidance import Guidance, layout
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.learn_basis import Learning, learned_basis
+from decoct.engine.narrow import NarrowModel, trunks
 from decoct.engine.plan import Plan
+from decoct.engine.plan_depth import candidates_at_once
+from decoct.engine.reshaped import Reshaped
 from decoct.engine.rotate import RotatedModel, rotated
-from decoct.engine.stages import CacheStage, ModelStage, RecipePlan, Stage, completed, plan_stages
+from decoct.engine.run_depth import DepthPass, describe_cuts, run_depth
+from decoct.engine.sliced import Slicing, run_slicing
+from decoct.engine.stages import (
+    CacheStage,
+    DepthStage,
+    ModelStage,
+    RecipePlan,
+    SliceStage,
+    Stage,
+    StructureStage,
+    completed,
+    plan_stages,
+    reshaped,
+)
 from decoct.engine.stream import Event, OnEvent, Pass, run_pass
 from decoct.engine.summary import Result, read_result, write_summary
 from decoct.engine.tune import CHECKPOINT, Tuning, run_tuning
+from decoct.engine.uneven import Sizing, UnevenModel, sized
 from decoct.engine.write import finish_folder
 from decoct.methods.rotate.spinquant import SpinQuant
 from decoct.model import Model, open_model
@@ -88,7 +107,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
         watch.message(f"{job.out} holds the finished result of this command; add --fresh to do it again")
         return read_result(job.out)
     check_output(job, run)
-    plan = _plan(job)
+    loaded, plan = resident_bytes(), _plan(job)
     if len(job.stages) > len(given):
         (name,) = job.stages[-1].description["cache"]
         watch.message(f"{name} learns again at the end: what was saved with the model is of the weights as they were")
@@ -100,17 +119,21 @@ def compress_job(job: Job, watch: Watch) -> Result:
         check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
         events: list[list[Event]] = []
-        model = job.model
-        for number, planned in enumerate(plan.stages):
+        model, plans = job.model, list(plan.stages)
+        for number, stage in enumerate(job.stages):
+            planned = plans[number]
             watch.planned(planned)
             events.append([])
             model = rotated(model, planned.steps)
-            entry = _run_stage(job, number, planned, model, tokens, watch, events[-1])
+            entry, model = _run_stage(job, number, planned, model, tokens, watch, events[-1])
             staged, folder = stage_folder(job.out, number), result_folder(job.out, number, len(job.stages))
-            cache = written_policy(staged) if isinstance(job.stages[number], CacheStage) else model.cache
+            cache = written_policy(staged) if isinstance(stage, CacheStage) else model.cache
             finish_folder(model, staged, folder, _shards(staged), entry, cache)
             model = open_model(folder)
-        write_summary(job.out, [planned.kind for planned in plan.stages], events, started)
+            if isinstance(stage, StructureStage):  # only now it shows which matrices there are
+                with planning_as_at(loaded):
+                    plans[number + 1 :] = _plan_rest(job, number + 1, model)
+        write_summary(job.out, [planned.kind for planned in plans], events, started)
     run.replace(done)  # at once: a run folder that is half removed would look like an unfinished run
     shutil.rmtree(done)
     return read_result(job.out)
@@ -124,8 +147,12 @@ def _run_stage(
     tokens: Int[Tensor, "sequences length"] | None,
     watch: Watch,
     events: list[Event],
-) -> dict[str, Any]:
-    """Run one stage on what the one before it made, `model`; gives its entry in the lineage."""
+) -> tuple[dict[str, Any], Model]:
+    """Run one stage on what the one before it made, `model`.
+
+    Returns:
+        Its entry in the lineage, and the model whose config and other files belong to the result.
+    """
     stage, staged = job.stages[number], stage_folder(job.out, number)
     tokens = tokens if plan.needs_data else None
     entry: dict[str, Any] = {
@@ -145,23 +172,53 @@ def _run_stage(
         watch.message(f"{plan.kind} starts again with the new settings; the stages before it are kept")
         (staged / CHECKPOINT).unlink(missing_ok=True)  # first of all: without a journal it would seem to fit any run
         shutil.rmtree(staged)
+    scratch = scratch_folder(job.out, number, job.budget.scratch)
+    if scratch != staged and not (staged / JOURNAL).exists():
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was discarded: nothing in it is this one's
     journal = Journal(staged, entry, result_folder(job.out, number, len(job.stages)))
     if isinstance(stage, ModelStage):
         assert tokens is not None
         run_tuning(Tuning(stage.method, model, job.model, tokens, plan.dtype, staged, journal, note))
-        return entry
-    scratch = scratch_folder(job.out, number, job.budget.scratch)
+        return entry, model
+    if isinstance(stage, DepthStage):
+        assert tokens is not None
+        at_once = candidates_at_once(plan, model, stage.method, job.data)
+        left = run_depth(DepthPass(stage.method, model, tokens, plan.dtype, at_once, staged, journal, note))
+        return {**entry, "taken_out": describe_cuts(left.cuts)}, left
+    if isinstance(stage, SliceStage):
+        assert tokens is not None
+        return entry, run_slicing(Slicing(stage.method, model, tokens, plan.dtype, staged, journal, note))
     if isinstance(stage, CacheStage):
         run_cache(CachePass(stage.method, model, tokens, plan.dtype, staged, scratch, journal, note))
         _clear(scratch, staged)
-        return entry
+        return entry, model
+    becomes = reshaped(model, stage)
+    return entry, _run_blocks(plan, model, tokens, staged, scratch, journal, note, becomes)
+
+
+def _run_blocks(
+    plan: Plan,
+    model: Model,
+    tokens: Int[Tensor, "sequences length"] | None,
+    staged: Path,
+    scratch: Path,
+    journal: Journal,
+    note: OnEvent,
+    becomes: Reshaped | None,
+) -> Model:
+    """Stream the blocks; gives the model in the basis and with the shapes in which it is written."""
     if isinstance(model, RotatedModel) and isinstance(model.method, SpinQuant):
         assert tokens is not None
         model = replace(model, basis=learned_basis(Learning(model.method, model, tokens, plan.dtype, staged, note)))
     scratch.mkdir(parents=True, exist_ok=True)
+    becomes = _informed(plan, becomes, tokens, (staged, scratch), note)
+    steps = plan.steps
+    if allocates(steps):
+        assert tokens is not None
+        steps = allocated(steps, Allocating(model, tokens, plan.dtype, staged, note))
     todo = Pass(
         model=model,
-        steps=plan.steps,
+        steps=steps,
         tokens=tokens,
         dtype=plan.dtype,
         in_memory=plan.in_memory,
@@ -170,10 +227,26 @@ def _run_stage(
         journal=journal,
         on_event=note,
         guidance=_guidance(plan, model, tokens, scratch, note),
+        becomes=becomes,
     )
     run_pass(todo)
     _clear(scratch, staged)
-    return entry
+    return becomes or model
+
+
+def _informed(
+    plan: Plan, becomes: Reshaped | None, tokens: Tensor | None, places: tuple[Path, Path], note: OnEvent
+) -> Reshaped | None:
+    """The same, with what gradients say of neurons and heads where the method goes by them, and each block's width.
+
+    `places`: for what is found, and for what lies on disk on the way.
+    """
+    if isinstance(becomes, NarrowModel) and becomes.method.by_gradient:
+        assert tokens is not None
+        edges = trunks(becomes.base, becomes.method)
+        found = find_information(Informing(becomes.base, edges, tokens, plan.dtype, *places, note))
+        becomes = replace(becomes, information={becomes.prefix(block): each for block, each in enumerate(found)})
+    return sized(Sizing(becomes, tokens, plan.dtype, places[0], note)) if isinstance(becomes, UnevenModel) else becomes
 
 
 def _clear(scratch: Path, staged: Path) -> None:
@@ -203,12 +276,26 @@ def _text_name(data: Data) -> str:
 
 
 def _plan(job: Job) -> RecipePlan:
-    """Plan all stages. A resumed one computes in what it began with: measuring again might choose otherwise."""
-    dtypes = {}
-    for number in range(0 if job.fresh else len(job.stages)):
-        dtype = recorded_dtype(stage_folder(job.out, number) / JOURNAL)
-        dtypes.update({} if dtype is None else {number: dtype})
+    """Plan all stages."""
+    dtypes = {} if job.fresh else _begun_in(job, 0)
     return plan_stages(job.model, job.stages, job.data, job.budget, job.out, fresh=job.fresh, dtypes=dtypes)
+
+
+def _plan_rest(job: Job, first: int, model: Model) -> tuple[Plan, ...]:
+    """Plan the stages from `first` on, which begin with `model`."""
+    if first == len(job.stages):
+        return ()
+    stages, dtypes = job.stages[first:], _begun_in(job, first)
+    return plan_stages(model, stages, job.data, job.budget, None, dtypes=dtypes, original=job.model).stages
+
+
+def _begun_in(job: Job, first: int) -> dict[int, torch.dtype]:
+    """What stages from `first` on compute in if they have begun: measuring again might choose otherwise."""
+    found = {}
+    for number in range(first, len(job.stages)):
+        dtype = recorded_dtype(stage_folder(job.out, number) / JOURNAL)
+        found.update({} if dtype is None else {number - first: dtype})
+    return found
 
 
 def calibration_tokens(job: Job, run: Path, watch: Watch) -> Tensor:

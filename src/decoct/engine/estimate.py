@@ -8,10 +8,11 @@ import torch
 from decoct.engine.budget import product_rate
 from decoct.engine.data import Data
 from decoct.engine.folding import folding_operations, folds
+from decoct.engine.gains import gain_operations, gain_workspace, normed
 from decoct.engine.rehearse import Chains, linear
 from decoct.engine.rotate import rotation_operations, rotation_workspace, signs_nbytes
 from decoct.engine.rules import Method, statistic
-from decoct.methods import BlockMethod, EdgeScaling
+from decoct.methods import BlockMethod, EdgeScaling, GainRefit
 from decoct.model import Model
 
 _TOKENS_AT_ONCE = 2048
@@ -25,6 +26,7 @@ class Work:
         model: what is compressed.
         chains: each slot's methods.
         scalings: steps that rescale edges.
+        refits: whether a step refits norms' gains.
         paired: whether a second chain of hidden states runs.
         data: calibration; None if nothing needs any.
         dtype: what blocks run in.
@@ -33,6 +35,7 @@ class Work:
     model: Model
     chains: Chains
     scalings: tuple[EdgeScaling, ...]
+    refits: bool
     paired: bool
     data: Data | None
     dtype: torch.dtype
@@ -48,6 +51,7 @@ def time_taken(work: Work) -> float:
     model, chains, data = work.model, work.chains, work.data
     solving = sum(m.operations(_matrix(model, name)) for name, methods in chains.items() for m in linear(methods))
     solving += sum(folding_operations(model, step) for step in work.scalings) + rotation_operations(model)
+    solving += gain_operations(model) if work.refits else 0.0
     full = product_rate(torch.float32)
     seconds = solving / full + 2 * model.nbytes / 1e9
     if data is not None:
@@ -82,7 +86,7 @@ def _block(work: Work) -> int:
         workspace,
         *(m.workspace(entries, sequence) for m in whole),
         *(step.workspace(shape) for step in work.scalings for shape in stacked),
-        0,
+        gain_workspace(model) if work.refits else 0,
     )
     running = entries * work.dtype.itemsize + _TOKENS_AT_ONCE * widths * 4
     copies = 1 + bool(work.scalings)  # a rescaled block and its statistics stand beside what they were
@@ -106,6 +110,7 @@ def _statistics(work: Work) -> int:
     inside = {name: linear(chain) for name, chain in work.chains.items() if name in slots}
     kinds = {(slots[name].reads, statistic(m, slots[name])) for name, chain in inside.items() for m in chain}
     kinds |= {(each.edge, step.stat) for each in folds(model) for step in work.scalings}
+    kinds |= {(each.edge, GainRefit.stat) for each in normed(model)} if work.refits else set()
     widths = _edge_widths(model)
     return sum(kind.nbytes_for(widths[edge]) for edge, kind in kinds if kind is not None)
 

@@ -6,21 +6,23 @@ from math import prod
 
 import torch
 
+from decoct.engine.allocate import allocation_plan
 from decoct.engine.budget import Budget, compute_dtype, format_size, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.estimate import Work, peak_part, time_taken
 from decoct.engine.expect import Described, expected_weights
 from decoct.engine.folding import touched
+from decoct.engine.gains import normed
 from decoct.engine.plan_basis import learning
 from decoct.engine.plan_guidance import guided_plan
-from decoct.engine.rehearse import Chains, Rehearsal, Steps, rehearse
+from decoct.engine.rehearse import Chains, Rehearsal, Steps, compressible_shape, left_dense, rehearse
 from decoct.engine.rotate import check_rotation, rotated, signs_nbytes, turned_slots
 from decoct.engine.rules import Resolved, Rule, assign, is_paired
-from decoct.methods import AnyMethod, BlockMethod, EdgeScaling, Rotation
+from decoct.methods import AnyMethod, BlockStep, EdgeScaling, GainRefit
 from decoct.model import Model
 from decoct.weights import tensor_specs
 
-StepRules = tuple[Rule, ...] | BlockMethod | EdgeScaling | Rotation
+StepRules = tuple[Rule, ...] | BlockStep
 """A step as a recipe gives it: rules for single matrices, or a method for whole blocks, their edges, or the basis."""
 
 FIXED = 300 << 20  # interpreter, torch and transformers once blocks run; beyond what is resident while planning
@@ -115,17 +117,17 @@ def make_plan(
     scalings = tuple(step for step in resolved if isinstance(step, EdgeScaling))
     reading = any(method.stat is not None for methods in chains.values() for method in methods)
     learns = learning(model) if turned_slots(model, resolved) else None  # an earlier stage's are learned by then
-    needs_data = paired or bool(scalings) or reading or learns is not None
+    allocates = allocation_plan(model, resolved)
+    needs_data = paired or bool(scalings) or reading or learns is not None or allocates is not None
     if needs_data:
         check_length(data, model)
     dtype = dtype or (compute_dtype(model.dtype) if needs_data else model.dtype)
-    work = Work(model, chains, scalings, paired, data if needs_data else None, dtype)
-    chains_of_states = 0 if not needs_data else 2 if paired else 1  # of the model as it becomes and as it was
-    activations = chains_of_states * data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize
-    working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
+    work = Work(model, chains, scalings, _refits(resolved), paired, data if needs_data else None, dtype)
+    activations = _activations(model, data, dtype, 2 if paired else 1) if needs_data else 0
     guides = guided_plan(model, resolved)
-    before = [each for each in (learns, guides) if each is not None]  # what runs the whole model before the pass
-    working = max(working, *(each.working_bytes(data, dtype) for each in before), 0)
+    before = [each for each in (learns, guides, allocates) if each is not None]  # they run the whole model beforehand
+    working = max(peak_part(work), writing_bytes(data, model) if needs_data else 0)
+    working = max([working, *(each.working_bytes(data, dtype) for each in before)])
     in_memory, peak = _memory(model, budget, activations, working)
     return Plan(
         kind="blocks",
@@ -147,6 +149,11 @@ def make_plan(
     )
 
 
+def _activations(model: Model, data: Data, dtype: torch.dtype, chains: int) -> int:
+    """Bytes of the hidden states between two blocks: of the model as it becomes and, in a second chain, as it was."""
+    return chains * data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize
+
+
 def _memory(model: Model, budget: Budget, activations: int, working: int) -> tuple[bool, int]:
     """Whether activations stay in memory, and the predicted peak; refuses what the budget does not allow."""
     limit, base = budget.host_limit(), resident_bytes() + FIXED
@@ -157,6 +164,10 @@ def _memory(model: Model, budget: Budget, activations: int, working: int) -> tup
     return in_memory, peak
 
 
+def _refits(steps: Steps) -> bool:
+    return any(isinstance(step, GainRefit) for step in steps)
+
+
 def _resolve(model: Model, steps: tuple[StepRules, ...]) -> Steps:
     return tuple(assign(model, step) if isinstance(step, tuple) else step for step in steps)
 
@@ -165,8 +176,8 @@ def _output_bytes(model: Model, rehearsal: Rehearsal) -> int:
     total = float(model.nbytes)
     for name, slot in model.slots().items():
         made = rehearsal.made(name)
-        if made is not None and name not in model.described:
-            out, cols = model.shape(name)
+        if made is not None and left_dense(model, name):
+            out, cols = compressible_shape(model, name)
             total += made.nbytes.of(out, cols) - out * cols * model.dtype.itemsize - signs_nbytes(model, slot, cols)
     return max(round(total), 1)
 
@@ -175,12 +186,11 @@ def _reals(model: Model, rehearsal: Rehearsal) -> dict[str, int]:
     found = {}
     for name in model.slots():
         made = rehearsal.made(name)
-        if name in model.described:
+        if name in model.described and (made is None or not left_dense(model, name)):
             specs = tensor_specs(model.described[name]).values()
             found[name] = sum(prod(shape) for dtype, shape in specs if dtype.is_floating_point)
         elif made is not None:
-            out, cols = model.shape(name)
-            found[name] = round(made.reals.of(out, cols))
+            found[name] = round(made.reals.of(*compressible_shape(model, name)))
     return found
 
 
@@ -188,7 +198,7 @@ def _unpacked_bytes(model: Model, rehearsal: Rehearsal) -> int:
     total = 0.0
     for name in model.slots():
         made = rehearsal.made(name)
-        total += 0.0 if made is None else made.unpacked.of(*model.shape(name))
+        total += 0.0 if made is None else made.unpacked.of(*compressible_shape(model, name))
     return round(total)
 
 
@@ -197,8 +207,11 @@ def _groups(model: Model, steps: Steps, chains: Chains) -> tuple[Group, ...]:
     counts: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
     sizes: Counter[tuple[str, tuple[AnyMethod, ...]]] = Counter()
     rescaled, turned = touched(model), turned_slots(model, steps)
+    refits = tuple(step for step in steps if isinstance(step, GainRefit))
+    read = {reader for each in normed(model) for reader in each.readers} if refits else set()
     for name, slot in model.slots().items():
-        key = (slot.role, (*turned.get(name, ()), *(scalings if slot.name in rescaled else ()), *chains[name]))
+        before: tuple[AnyMethod, ...] = (*turned.get(name, ()), *(scalings if slot.name in rescaled else ()))
+        key = (slot.role, (*before, *chains[name], *(refits if slot.name in read else ())))
         counts[key] += 1
         sizes[key] += prod(model.shape(name))
     return tuple(Group(role, counts[role, methods], sizes[role, methods], methods) for role, methods in counts)

@@ -9,7 +9,7 @@ from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.guidance import Layout
 from decoct.engine.plan import FIXED, MARGIN, Group, Plan
 from decoct.engine.plan_guidance import GuidancePlan
-from decoct.engine.runner import Runner, block_nbytes
+from decoct.engine.runner import Runner, running_nbytes
 from decoct.methods import CacheMethod, Place
 from decoct.model import Model
 
@@ -87,7 +87,7 @@ def _check_text(method: CacheMethod, data: Data, model: Model) -> None:
 def _working(model: Model, method: CacheMethod, data: Data, dtype: torch.dtype) -> int:
     """Memory above what is resident: a block and the embedding, hidden states, or what gradients take."""
     width = model.shape(model.family.embed)[1]
-    working = block_nbytes(model) + model.shape(model.family.embed)[0] * width * dtype.itemsize
+    working = running_nbytes(model, dtype) + model.shape(model.family.embed)[0] * width * dtype.itemsize
     if not method.learns:
         return working
     if method.by_gradients:

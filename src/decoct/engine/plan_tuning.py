@@ -6,7 +6,7 @@ import torch
 
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
-from decoct.engine.plan import FIXED, MARGIN, Group, Plan
+from decoct.engine.plan import FIXED, Group, Plan
 from decoct.engine.rehearse import held_weight
 from decoct.engine.tune import LOGITS_AT_ONCE, vectors
 from decoct.methods import EdgeScaling, LinearMethod, Rotation
@@ -14,6 +14,7 @@ from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.model import Model
 from decoct.weights import Shared
 
+_MARGIN = 1.2  # gradients of many sizes come and go, so more lies scattered than in a streamed pass; runs differ by 0.1
 _STATE_BYTES = 5 * 4  # of each tuned entry, float32: its unit, its change, two moments, its gradient
 _SAVED_BYTES = 3 * 4  # of each tuned entry in a checkpoint: its change and two moments
 _UNPACKING_BYTES = 16  # of each entry of the matrix that is being unpacked, or whose gradient is pulled back
@@ -22,6 +23,7 @@ _LOGIT_BYTES = 7 * 4  # of each logit: the two models' own and a soft cap's, two
 
 def plan_tuning(
     model: Model,
+    teacher: Model,
     method: E2EQP,
     data: Data,
     budget: Budget,
@@ -31,7 +33,8 @@ def plan_tuning(
     """Predict what tuning takes.
 
     Args:
-        model: what the recipe begins with, whose predictions are wanted.
+        model: in the shapes that it has by then.
+        teacher: what the recipe begins with, whose predictions are wanted.
         method: settings.
         data: calibration.
         budget: limits.
@@ -48,15 +51,11 @@ def plan_tuning(
     tuned = sum(made.reals.values())
     if method.norms:
         tuned += sum(prod(model.shape(name)) for name in vectors(model))
-    working = (
-        model.num_parameters * dtype.itemsize  # the model that is imitated
-        + (made.output_bytes + made.unpacked_bytes)
-        + _STATE_BYTES * tuned
-        + _one_step(model, method, data, made, dtype)
-    )
-    working = max(working, writing_bytes(data, model))
+    steps = max(_one_step(model, method, data, made, dtype), _teaching(teacher, method, data, dtype))
+    held = teacher.num_parameters * dtype.itemsize + made.output_bytes + made.unpacked_bytes
+    working = max(held + _STATE_BYTES * tuned + steps, writing_bytes(data, model))
     limit = budget.host_limit()
-    peak = int(MARGIN * (resident_bytes() + FIXED + working))
+    peak = int(_MARGIN * (resident_bytes() + FIXED + working))
     if peak > limit:
         raise ValueError(
             f"e2e_qp holds the whole model in memory: {model.source.label} needs about {format_size(peak)}, the budget "
@@ -77,14 +76,15 @@ def plan_tuning(
         reals=made.reals,
         unpacked_bytes=made.unpacked_bytes,
         scratch_bytes=0,
-        seconds=_operations(model, method, data) / (0.5 * product_rate(dtype)),
+        seconds=_operations(model, teacher, method, data) / (0.5 * product_rate(dtype)),
         checkpoint_bytes=2 * _SAVED_BYTES * tuned,  # the next one is written before the last one goes
     )
 
 
 def _check(model: Model, earlier: tuple[Plan, ...]) -> None:
     """Refuse what cannot be tuned, or only against itself."""
-    steps = (method for plan in earlier for group in plan.groups for method in group.methods)
+    passes = [plan for plan in earlier if plan.kind == "blocks"]  # others change which matrices there are
+    steps = (method for plan in passes for group in plan.groups for method in group.methods)
     compresses = any(not isinstance(method, EdgeScaling | Rotation) for method in steps)
     if model.described and not compresses:
         raise ValueError(
@@ -131,14 +131,26 @@ def _one_step(model: Model, method: E2EQP, data: Data, made: Plan, dtype: torch.
     return hidden + max(block, *ends)
 
 
-def _operations(model: Model, method: E2EQP, data: Data) -> float:
-    """Of every matrix entry and token: a product in the model imitated, two forwards and two backwards."""
+def _teaching(teacher: Model, method: E2EQP, data: Data, dtype: torch.dtype) -> int:
+    """Bytes that the teacher's forward pass takes: its hidden states, and one of its blocks' own."""
+    tokens = method.batch_size * data.sequence_length
+    return (2 * teacher.shape(teacher.family.embed)[1] + _features(teacher)) * tokens * dtype.itemsize
+
+
+def _operations(model: Model, teacher: Model, method: E2EQP, data: Data) -> float:
+    """Of every matrix entry and token: a product in the model imitated; in the other two forwards and two backwards."""
+    entries = 8.0 * _entries(model) + 2.0 * _entries(teacher)
+    return entries * method.batch_size * data.sequence_length * method.num_steps
+
+
+def _entries(model: Model) -> float:
+    """Of all the matrices that a token is multiplied with."""
     chosen, experts = _experts(model)
-    entries = 0.0
-    for name, slot in model.slots().items():
-        if slot.role != "embed" or model.tied:
-            entries += prod(model.shape(name)) * (1.0 if slot.expert is None else chosen / experts)
-    return 10.0 * entries * method.batch_size * data.sequence_length * method.num_steps
+    return sum(
+        prod(model.shape(name)) * (1.0 if slot.expert is None else chosen / experts)
+        for name, slot in model.slots().items()
+        if slot.role != "embed" or model.tied
+    )
 
 
 def _features(model: Model) -> int:

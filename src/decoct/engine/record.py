@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from decoct.arch import Edge, Slot
-from decoct.arch.hf import expert_inputs
+from decoct.arch.hf import expert_answers, expert_inputs
+from decoct.methods.experts import ExpertStat
 from decoct.methods.guided import ByGroup, GroupedMoments
 from decoct.stats import PairedGram
 
@@ -98,6 +100,25 @@ def record(
 
 
 @contextmanager
+def record_answers(module: nn.Module, path: str, stat: ExpertStat | None) -> Iterator[None]:
+    """Note what a block's experts answer while the body runs the block.
+
+    Args:
+        module: the block that will be called.
+        path: where in it the experts lie.
+        stat: what takes the answers; None: nothing is noted.
+    """
+    if stat is None:
+        yield
+        return
+    hook = module.get_submodule(path).register_forward_pre_hook(partial(_take_answers, stat))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def record_outputs(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
     """While the body runs the module, keep what some of its layers put out last, as part of the graph of gradients.
 
@@ -115,6 +136,30 @@ def record_outputs(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def record_inputs(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """While the body runs the module, keep what some of its layers read last.
+
+    Args:
+        module: the block that will be called.
+        paths: where in it each layer lies, by a name of one's own.
+    """
+    found: dict[str, Tensor] = {}
+    hooks = [
+        module.get_submodule(path).register_forward_pre_hook(partial(_keep_input, found, name))
+        for name, path in paths.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _keep_input(found: dict[str, Tensor], name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    found[name] = arguments[0]
 
 
 def _keep_output(found: dict[str, Tensor], name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
@@ -138,6 +183,17 @@ def _take_expert_inputs(
             cache[reader.expert] = expert_inputs(experts, arguments, reader.expert)
         x = cache[reader.expert][0 if _reads_hidden(reader) else 1]
         recorder.take(edge.name, x)
+
+
+def _take_answers(stat: ExpertStat, experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    hidden, chosen, weights = arguments
+    for expert in range(len(stat.num_sent)):
+        picked = chosen == expert
+        sent, gates = picked.any(-1), (weights * picked).sum(-1)
+        stat.num_sent[expert] += sent.sum()
+        asked = torch.ones_like(sent) if stat.everywhere else sent
+        if asked.any():
+            stat.add(expert, expert_answers(experts, hidden[asked], expert), gates[asked])
 
 
 def _reads_hidden(slot: Slot) -> bool:

@@ -10,12 +10,14 @@ import torch
 from decoct.arch import Slot
 from decoct.engine.block import apply_method
 from decoct.engine.folding import check_foldable, touched
+from decoct.engine.gains import check_gains
 from decoct.engine.rotate import online_roles, signs_nbytes
 from decoct.engine.rules import Assignment, Method, Resolved, reads_pairs
-from decoct.methods import BlockMethod, ByGroup, EdgeScaling, LinearCorrection, Rotation
+from decoct.engine.shallow import check_whole
+from decoct.methods import BlockMethod, ByGroup, EdgeScaling, LinearCorrection, Rotation, name_of
 from decoct.model import Model
 from decoct.ops.grid import stored_scale_dtype
-from decoct.weights import Dense, Rotated, Weight, describe, for_training, rebuild, tensor_specs, trainable
+from decoct.weights import Dense, Padded, Rotated, Weight, describe, for_training, rebuild, tensor_specs, trainable
 
 Steps = tuple[Resolved, ...]
 """The steps of one stage."""
@@ -114,6 +116,9 @@ class _Start:
     def of_shape(self, shape: Shape, generator: torch.Generator) -> Weight:
         """A random one."""
         dense = Dense.of(torch.randn(*shape, generator=generator).to(self.dtype))
+        if isinstance(self.held, Padded):  # the shape is the corner's: that is what methods work on
+            cut = [has < room for has, room in zip(self.held.inner.shape, self.held.shape, strict=True)]
+            return Padded.of(dense, (shape[0] * (1 + cut[0]), shape[1] * (1 + cut[1])))
         return (
             Rotated.of(dense, None, torch.ones(shape[1], dtype=stored_scale_dtype(self.dtype)))
             if self.turned
@@ -133,6 +138,7 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
     """
     courses = _courses(model, stages)
     _check_rescalings(model, stages)
+    check_gains(model, stages)
     for name, course in courses.items():
         _check_shapes(model, name, [_Verdict(method) for chain in course for method in linear(chain)])
     tried: dict[tuple[tuple[Chain, ...], str, bool], tuple[_Verdicts, Made]] = {}
@@ -179,6 +185,7 @@ def _check_rescalings(model: Model, stages: Sequence[Steps]) -> None:
     compressed, turned = set(model.described), set[str]()
     for step in (step for steps in stages for step in steps):
         if isinstance(step, EdgeScaling):
+            check_whole(model, name_of(step))
             check_foldable(model, step)
             for name in sorted(rescaled & turned):
                 raise ValueError(f"{name} is rotated while the model runs and cannot be rescaled; set online: false")
@@ -203,6 +210,19 @@ def held_weight(model: Model, name: str) -> Weight | None:
         for part, (dtype, shape) in tensor_specs(description).items()
     }
     return rebuild(description, empty, name)
+
+
+def left_dense(model: Model, name: str) -> bool:
+    """Whether an earlier stage left a slot dense: as it was, or the corner of what it was."""
+    held = model.described.get(name)
+    return held is None or (held["kind"] == Padded.kind and held["inner"]["kind"] == Dense.kind)
+
+
+def compressible_shape(model: Model, name: str) -> Shape:
+    """What methods find of a slot: the matrix, or the corner that is left of it."""
+    held = model.described.get(name)
+    out, cols = model.shape(name) if held is None or held["kind"] != Padded.kind else held["inner"]["shape"]
+    return int(out), int(cols)
 
 
 def _structure(weight: Weight) -> str:
@@ -246,9 +266,8 @@ def _check_inputs(model: Model, name: str) -> None:
 
 
 def _check_shapes(model: Model, name: str, verdicts: Sequence[_Verdict]) -> None:
-    out, cols = model.shape(name)
     try:
-        _check_leaves(verdicts, (out, cols))
+        _check_leaves(verdicts, compressible_shape(model, name))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -307,7 +326,7 @@ def _try_once(course: tuple[Chain, ...], shape: Shape, start: _Start, name: str)
     _check_fit([_Verdict(method) for chain in course for method in linear(chain)], shape)
     generator = torch.Generator().manual_seed(0)
     first, held = start.of_shape(shape, generator), start.held
-    inputs = torch.randn(2 * shape[1], shape[1], generator=generator)
+    inputs = torch.randn(2 * first.shape[1], first.shape[1], generator=generator)
     weight = first
     done: list[_Verdict] = []
     stages: list[tuple[_Verdict, ...]] = []

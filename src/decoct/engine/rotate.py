@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from decoct.arch import Slot, Stream
 from decoct.engine.rules import Assignment, Resolved
-from decoct.methods import BlockMethod, Rotation
+from decoct.engine.shallow import check_whole
+from decoct.methods import BlockMethod, Rotation, name_of
 from decoct.model import Model
 from decoct.ops.grid import stored_scale_dtype
 from decoct.ops.rotation import Turn
@@ -137,6 +138,11 @@ class RotatedModel(Model):
             turn = self.basis.values[block]
             return turn.rows(tensor.reshape(-1, self._head)).reshape(-1)
         return tensor
+
+    @cached_property
+    @override
+    def _stored(self) -> dict[str, str]:
+        return self.base._stored  # noqa: SLF001
 
     @cached_property
     def stream(self) -> Stream:
@@ -262,6 +268,8 @@ def check_rotatable(model: Model, method: Rotation, compressed: set[str]) -> Non
             raise ValueError(f"{family.name} has no matrix for values alone to rotate; {_off(method, 'values')}")
         if model.shape(model.prefix(0) + slot.name)[0] % family.head_size(model.config):
             raise ValueError(f"{family.name}'s values are not whole heads; {_off(method, 'values')}")
+    if type(method) is not Rotation:  # as the user names it; slicing says so itself
+        check_whole(model, name_of(method))
     roles = online_roles(model, method)
     for name, slot in model.slots().items():
         if name in compressed and (method.residual or slot.role in ("attn.v", "attn.o", *roles)):

@@ -7,7 +7,8 @@ from math import prod
 from typing import Any
 
 from decoct.arch import Slot
-from decoct.methods import BlockMethod, ByGroup, EdgeScaling, LinearCorrection, LinearMethod, Rotation
+from decoct.engine.shallow import is_nothing
+from decoct.methods import BlockMethod, BlockStep, ByGroup, GainRefit, LinearCorrection, LinearMethod
 from decoct.model import Model
 from decoct.stats import PairedGram
 
@@ -37,14 +38,14 @@ class Assignment:
 
     Attributes:
         methods: method by full slot name; slots that are left alone are absent.
-        left: full names of slots that no rule, or a rule without a method, covers.
+        left: full names of slots that no rule, or a rule without a method, covers, or that hold nothing any more.
     """
 
     methods: dict[str, Method] = field(default_factory=dict)
     left: tuple[str, ...] = ()
 
 
-Resolved = Assignment | BlockMethod | EdgeScaling | Rotation
+Resolved = Assignment | BlockStep
 """A step, resolved against a model."""
 
 
@@ -52,7 +53,7 @@ def is_paired(step: Resolved) -> bool:
     """Whether a step compares with the model as it was: a second chain of activations must run beside the first."""
     if isinstance(step, Assignment):
         return any(reads_pairs(method) for method in step.methods.values())
-    return isinstance(step, BlockMethod)
+    return isinstance(step, BlockMethod | GainRefit)
 
 
 def reads_pairs(method: Method | BlockMethod) -> bool:
@@ -84,7 +85,8 @@ def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
         if share < rule.min_share:
             continue
         for name in hits:
-            decided.setdefault(name, rule.method)
+            nothing = name in model.described and is_nothing(model.described[name])
+            decided.setdefault(name, None if nothing else rule.method)
     methods = {name: decided[name] for name in slots if decided.get(name) is not None}
     return Assignment(
         {name: method for name, method in methods.items() if method is not None},

@@ -67,6 +67,13 @@ class Runner:
         """
         return self.skeleton.embed(tokens, self._outside(self.model.family.embed, embedding, others))
 
+    def embed_all(self, tokens: Int[Tensor, "many seq"], embedding: Tensor) -> Float[Tensor, "many seq hidden"]:
+        """What enters the first block, of many sequences: one after another, into one tensor that is there once."""
+        hidden = torch.empty(*tokens.shape, embedding.shape[1], dtype=self.dtype)
+        for row in range(len(tokens)):
+            hidden[row] = self.embed(tokens[row : row + 1], embedding)[0]
+        return hidden
+
     def lay_out(
         self, block: int, weights: Mapping[str, Weight], vectors: Mapping[str, Tensor] | None = None
     ) -> LaidOut:
@@ -151,6 +158,11 @@ class Runner:
         """Submodule whose input is each slot's input, by slot name."""
         return {slot.name: self._path(slot) for slot in self.model.block_slots}
 
+    def experts_path(self) -> str:
+        """Submodule that holds a block's experts; "" where there are none."""
+        paths = self.reader_paths()
+        return next((paths[slot.name] for slot in self.model.block_slots if slot.expert is not None), "")
+
     def _outside(self, name: str, matrix: Tensor, others: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """What lies outside the blocks, by module name, with a matrix among it."""
         given = {**(others or {}), name: matrix}
@@ -161,6 +173,11 @@ class Runner:
             return slot.param.rsplit(".", 1)[0]
         prefix = self.model.prefix(0)
         return self.model.family.module_name(prefix + slot.name).removeprefix(prefix).removesuffix(".weight")
+
+
+def running_nbytes(model: Model, dtype: torch.dtype) -> int:
+    """Bytes of a block that is about to run: its tensors as they are read, and laid out in the dtype it runs in."""
+    return block_nbytes(model) * (model.dtype.itemsize + dtype.itemsize) // model.dtype.itemsize
 
 
 def block_nbytes(model: Model, block: int = 0) -> int:

@@ -10,13 +10,23 @@ import torch
 from decoct.engine.budget import Budget
 from decoct.engine.data import Data, check_source
 from decoct.engine.disk import check_disk, most_on_disk
+from decoct.engine.fewer_experts import FewerExperts
 from decoct.engine.plan import Plan, StepRules, make_plan
 from decoct.engine.plan_cache import plan_cache
+from decoct.engine.plan_depth import plan_depth
+from decoct.engine.plan_experts import plan_experts
 from decoct.engine.plan_tuning import plan_tuning
+from decoct.engine.plan_width import narrowed, plan_width
+from decoct.engine.reshaped import Reshaped
 from decoct.engine.rotate import rotated
+from decoct.engine.sliced import plan_slicing
 from decoct.methods import CacheMethod
+from decoct.methods.depth import DepthMethod
+from decoct.methods.experts import ExpertMethod
 from decoct.methods.policy import describe_policy, policy_settings, read_policy
+from decoct.methods.prune.slicegpt import SliceGPT
 from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.methods.width import WidthMethod
 from decoct.model import Model
 
 
@@ -59,7 +69,62 @@ class CacheStage:
     description: dict[str, Any]
 
 
-Stage = BlocksStage | ModelStage | CacheStage
+@dataclass(frozen=True, slots=True)
+class DepthStage:
+    """Blocks, or parts of them, are taken out; what is left stays as it is.
+
+    Attributes:
+        method: how to choose them.
+        description: the stage as the recipe spells it.
+    """
+
+    method: DepthMethod
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WidthStage:
+    """MLP neurons and attention heads are taken out of every block, in one streamed pass.
+
+    Attributes:
+        method: how to choose them.
+        description: the stage as the recipe spells it.
+    """
+
+    method: WidthMethod
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceStage:
+    """Hidden states lose their least principal components.
+
+    Attributes:
+        method: how many.
+        description: the stage as the recipe spells it.
+    """
+
+    method: SliceGPT
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStage:
+    """Experts of every block are taken out or merged, in one streamed pass.
+
+    Attributes:
+        method: how to choose them.
+        description: the stage as the recipe spells it.
+    """
+
+    method: ExpertMethod
+    description: dict[str, Any]
+
+
+StructureStage = DepthStage | WidthStage | ExpertStage | SliceStage
+"""Stages that change which matrices there are, or their shapes."""
+
+Stage = BlocksStage | ModelStage | CacheStage | StructureStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +209,7 @@ def plan_stages(
     *,
     fresh: bool = False,
     dtypes: Mapping[int, torch.dtype] | None = None,
+    original: Model | None = None,
 ) -> RecipePlan:
     """Resolve all stages and predict what each takes.
 
@@ -155,18 +221,27 @@ def plan_stages(
         out: output folder, to look at its disk; None: not looked at.
         fresh: what lies in `out` goes first.
         dtypes: what to run a stage's blocks in, by its number; others: whatever this machine does fastest.
+        original: whose predictions are imitated by stages that tune; None: `model`.
 
     Raises:
         ValueError: anything that would stop the run later: see `make_plan`, `plan_tuning`, `plan_cache`,
             `check_disk`; or a calibration text that is not there.
     """
-    stages = completed(model, stages)
+    stages, original = completed(model, stages), original or model
     plans: tuple[Plan, ...] = ()
     earlier: tuple[tuple[StepRules, ...], ...] = ()
     for number, stage in enumerate(stages):
         dtype = (dtypes or {}).get(number)
         if isinstance(stage, ModelStage):
-            plans += (plan_tuning(model, stage.method, data, budget, plans, dtype),)
+            plans += (plan_tuning(model, original, stage.method, data, budget, plans, dtype),)
+        elif isinstance(stage, StructureStage):
+            if earlier:
+                raise ValueError(
+                    f"{next(iter(stage.description))} changes which matrices there are; put it before the stages that "
+                    "compress them"
+                )
+            plan, model = _plan_structure(model, stage, data, budget, dtype)
+            plans += (plan,)
         elif isinstance(stage, CacheStage):
             if number + 1 < len(stages):
                 raise ValueError(
@@ -183,6 +258,32 @@ def plan_stages(
     if out is not None:
         check_disk(plans, out, budget.scratch, fresh=fresh)
     return found
+
+
+def reshaped(model: Model, stage: Stage) -> Reshaped | None:
+    """What a stage's pass makes of the shapes of a model's blocks; None: they stay.
+
+    Raises:
+        ValueError: the model does not allow it.
+    """
+    if isinstance(stage, WidthStage):
+        return narrowed(model, stage.method)
+    if isinstance(stage, ExpertStage):
+        return FewerExperts.of(model, stage.method)
+    return None
+
+
+def _plan_structure(
+    model: Model, stage: StructureStage, data: Data, budget: Budget, dtype: torch.dtype | None
+) -> tuple[Plan, Model]:
+    """The plan, and the model with the shapes that it will have."""
+    if isinstance(stage, DepthStage):
+        return plan_depth(model, stage.method, data, budget, dtype)
+    if isinstance(stage, SliceStage):
+        return plan_slicing(model, stage.method, data, budget, dtype)
+    if isinstance(stage, ExpertStage):
+        return plan_experts(model, stage.method, data, budget, dtype)
+    return plan_width(model, stage.method, data, budget, dtype)
 
 
 def _result(model: Model, last: Stage, plans: tuple[Plan, ...]) -> Model | None:

@@ -15,14 +15,17 @@ from decoct.arch import Edge, Slot
 from decoct.engine.activations import Activations
 from decoct.engine.block import Block, Step, chain, each_block, each_linear
 from decoct.engine.folding import each_edge, folds
+from decoct.engine.gains import each_gain, normed
 from decoct.engine.guidance import Guidance
 from decoct.engine.journal import Journal
 from decoct.engine.passage import BlockPassage
-from decoct.engine.record import Gathered, Wanted, record
+from decoct.engine.record import Gathered, Wanted, record, record_answers
+from decoct.engine.reshaped import Reshaped
 from decoct.engine.rules import Assignment, Resolved, is_paired, statistic
 from decoct.engine.runner import LaidOut, Runner
 from decoct.engine.write import shard_name, write_shard
-from decoct.methods import BlockMethod, EdgeScaling, Rotation
+from decoct.methods import BlockMethod, EdgeScaling, GainRefit, Rotation
+from decoct.methods.experts import ExpertStat
 from decoct.model import Model
 from decoct.weights import Weight
 
@@ -74,6 +77,7 @@ class Pass:
         journal: what is done already.
         on_event: told of every finished part.
         guidance: token weights of the slots whose statistics are guided; None if there are none.
+        becomes: what the model will be when the pass gives its blocks other shapes; None: every matrix keeps its own.
     """
 
     model: Model
@@ -86,6 +90,7 @@ class Pass:
     journal: Journal
     on_event: OnEvent
     guidance: Guidance | None = None
+    becomes: Reshaped | None = None
 
 
 @torch.no_grad()
@@ -116,6 +121,10 @@ class _Streamer:
         # A rotation has done its work: the model that the pass reads is in its basis.
         self._steps: tuple[Step, ...] = tuple(self._lifted(s) for s in todo.steps if not isinstance(s, Rotation))
         self._runner: Runner | None = None if todo.tokens is None else Runner(todo.model, todo.dtype)
+        self._after = self._runner  # runs what a block has become
+        if todo.becomes is not None:
+            self._steps += (todo.becomes.step(),)
+            self._after = None if todo.tokens is None else Runner(todo.becomes, todo.dtype)
         # Two chains of hidden states: of the model as it becomes and, if a step compares with it, as it was.
         self._paired = any(is_paired(step) for step in todo.steps)
         self._states: Activations | None = None
@@ -123,11 +132,13 @@ class _Streamer:
         self._ready: int | None = None  # the block whose inputs the states hold
         self._last_needed = self._last_block_with_data()
 
-    def _lifted(self, step: Assignment | BlockMethod | EdgeScaling) -> Step:
+    def _lifted(self, step: Assignment | BlockMethod | EdgeScaling | GainRefit) -> Step:
         if isinstance(step, BlockMethod):
             return each_block(step)
         if isinstance(step, EdgeScaling):
             return each_edge(step, folds(self._model))
+        if isinstance(step, GainRefit):
+            return each_gain(step, normed(self._model))
         return each_linear(step.methods)
 
     def parts(self) -> Iterator[tuple[str, Callable[[int, int], dict[str, Any]]]]:
@@ -173,16 +184,18 @@ class _Streamer:
             return self._save(label, number, total, original, made.weights, made.vectors, None)
         states = self._states_for(block)
         laid = self._runner.lay_out(block, original)
-        stats, references = self._gather(block, laid, states)
+        answers = None if self._todo.becomes is None else self._todo.becomes.expert_stat()
+        stats, references = self._gather(block, laid, states, answers)
         passage = None
         if self._reference is not None:
             passage = BlockPassage(self._runner, block, states, self._reference, others)
         del laid  # the steps need the room
-        starved = self._fill_starved(stats, slots)
-        given = Block(label, slots, original, original, stats, starved, passage, others, model.prefix(block))
+        starved = self._fill_starved(stats, slots) + _unasked(answers, slots)
+        given = Block(label, slots, original, original, stats, starved, passage, others, model.prefix(block), answers)
         made = self._compress(given)
         del stats, given
-        laid = self._runner.lay_out(block, made.weights, made.vectors)
+        assert self._after is not None
+        laid = self._after.lay_out(block, made.weights, made.vectors)
         error = self._advance(block, laid, states, references)
         return self._save(label, number, total, original, made.weights, made.vectors, error, starved)
 
@@ -203,7 +216,9 @@ class _Streamer:
         made = chain(*self._steps)(block)
         return replace(made, stats={}, passage=None)
 
-    def _gather(self, block: int, laid: LaidOut, states: Activations) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
+    def _gather(
+        self, block: int, laid: LaidOut, states: Activations, answers: ExpertStat | None
+    ) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
         """Run the block as it is: statistics of its inputs, and some outputs to compare with later.
 
         The second chain, of the model as it was, takes the same step: its outputs are the next block's inputs there.
@@ -217,13 +232,16 @@ class _Streamer:
         reference = self._reference
         if reference is not None:
             reference.begin()
-        with record(module, runner.edges, wanted, runner.edge_widths(), runner.reader_paths()) as recorder:
+        with (
+            record(module, runner.edges, wanted, runner.edge_widths(), runner.reader_paths()) as recorder,
+            record_answers(module, runner.experts_path(), answers),
+        ):
             for start, stop in self._batches():
                 if reference is not None:
                     with recorder.uncompressed():
                         reference.write(start, runner.run(block, laid, reference.read(start, stop)))
                 enough = len(references) * (stop - start) >= _COMPARED
-                if enough and not wanted:
+                if enough and not wanted and answers is None:
                     continue
                 x = states.read(start, stop)
                 if self._todo.guidance is not None:
@@ -239,7 +257,7 @@ class _Streamer:
         self, block: int, laid: LaidOut, states: Activations, references: list[tuple[Tensor, Tensor]]
     ) -> float:
         """Run the compressed block; its outputs become the next one's inputs. Gives the relative squared error."""
-        runner = self._runner
+        runner = self._after
         assert runner is not None
         lost, moved = 0.0, 0.0
         states.begin()
@@ -274,10 +292,12 @@ class _Streamer:
 
     def _wanted(self, slots: dict[str, Slot]) -> dict[str, frozenset[Any]]:
         kinds: dict[str, set[Any]] = {}
+        if self._todo.becomes is not None and any(slot.writes == "resid" for slot in slots.values()):
+            kinds = {edge: set(found) for edge, found in self._todo.becomes.wanted.items()}
         for step in self._todo.steps:
-            if isinstance(step, EdgeScaling):
+            if isinstance(step, EdgeScaling | GainRefit):
                 inside = {slot.name for slot in slots.values()}
-                for each in folds(self._model):
+                for each in folds(self._model) if isinstance(step, EdgeScaling) else normed(self._model):
                     if inside.issuperset(each.readers):
                         kinds.setdefault(each.edge, set()).add(step.stat)
             if not isinstance(step, Assignment):
@@ -309,7 +329,7 @@ class _Streamer:
         starved: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         changed = [name for name in new if new[name] is not original[name]]
-        if error is None and changed:
+        if error is None and changed and self._todo.becomes is None:
             error = _weight_error([(original[name], new[name]) for name in changed])
         shard = self._todo.folder / shard_name(number, total)
         transposed = {name for name, slot in self._model.slots().items() if slot.transposed}
@@ -353,6 +373,13 @@ class _Streamer:
         model = self._model
         head = {slot.name: slot for slot in model.end_slots if slot.role == "lm_head"}
         return model.num_blocks if self._wanted(head) else model.num_blocks - 1
+
+
+def _unasked(answers: ExpertStat | None, slots: Mapping[str, Slot]) -> tuple[str, ...]:
+    """Matrices of experts to which no token was sent."""
+    if answers is None:
+        return ()
+    return tuple(n for n, slot in slots.items() if slot.expert is not None and not answers.num_sent[slot.expert])
 
 
 def _weight_error(pairs: list[tuple[Weight, Weight]]) -> float:

@@ -79,7 +79,7 @@ def read_result(folder: Path) -> Result:
         ValueError: the folder is no finished result.
     """
     summary, model = read_summary(folder), open_model(folder)
-    streamed = [stage["parts"] for stage in summary["stages"] if stage["stage"] == "blocks"]
+    streamed = [stage["parts"] for stage in summary["stages"] if any(part["error"] for part in stage["parts"])]
     tuned = [stage["steps"] for stage in summary["stages"] if stage["steps"]]
     last = streamed[-1] if streamed else []
     starved = [name for stage in summary["stages"] for part in stage["parts"] for name in part["starved"]]

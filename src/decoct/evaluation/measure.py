@@ -296,7 +296,7 @@ def _run(
 
 def _embed(runner: Runner, tokens: Int[Tensor, "windows length"]) -> Tensor:
     table = runner.model.weight(runner.model.family.embed).unpack(runner.dtype)
-    return torch.cat([runner.embed(window.unsqueeze(0), table) for window in tokens])
+    return runner.embed_all(tokens, table)
 
 
 def _caches(runner: Runner) -> list[WholeWindow | None]:

@@ -4,6 +4,7 @@ from decoct.methods.base import (
     BlockMethod,
     BlockWeights,
     EdgeScaling,
+    GainRefit,
     LinearCorrection,
     LinearMethod,
     ModelMethod,
@@ -15,10 +16,33 @@ from decoct.methods.cache.kivi import KIVI
 from decoct.methods.cache.kvquant import KVQuant
 from decoct.methods.cache.rotated_int4 import RotatedInt4
 from decoct.methods.cache_policy import CacheMethod, Place
+from decoct.methods.depth import Cut, Cuts, DepthMethod, Probe
+from decoct.methods.experts import ExpertMethod
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.guided import ByGroup, Guided
+from decoct.methods.heal.norm_tweaking import NormTweaking
+from decoct.methods.prune.alps import ALPS
+from decoct.methods.prune.angular import Angular
+from decoct.methods.prune.blockpruner import BlockPruner
+from decoct.methods.prune.dsnot import DSnoT
+from decoct.methods.prune.evopress import EvoPress
+from decoct.methods.prune.flap import FLAP
+from decoct.methods.prune.hc_smoe import HCSMoE
+from decoct.methods.prune.llm_pruner import LLMPruner
+from decoct.methods.prune.magnitude import Magnitude
+from decoct.methods.prune.magnitude_width import MagnitudeWidth
+from decoct.methods.prune.minitron import Minitron
+from decoct.methods.prune.obd import OBD
+from decoct.methods.prune.obs import OBS
+from decoct.methods.prune.reap import REAP
+from decoct.methods.prune.ria import RIA
+from decoct.methods.prune.shortgpt import ShortGPT
+from decoct.methods.prune.sleb import SLEB
+from decoct.methods.prune.slicegpt import SliceGPT
+from decoct.methods.prune.sparsegpt import SparseGPT
 from decoct.methods.prune.wanda import Wanda
+from decoct.methods.prune.ziplm import ZipLM
 from decoct.methods.quantize.aqlm import AQLM
 from decoct.methods.quantize.autoround import AutoRound
 from decoct.methods.quantize.awq import AWQ
@@ -47,8 +71,12 @@ from decoct.methods.quantize.squeezellm import SqueezeLLM
 from decoct.methods.quantize.ternary import Ternary
 from decoct.methods.rotate.quarot import QuaRot
 from decoct.methods.rotate.spinquant import SpinQuant
+from decoct.methods.width import WidthMethod
 
-AnyMethod = LinearMethod | LinearCorrection | EdgeScaling | Rotation | BlockMethod | ModelMethod | CacheMethod
+BlockStep = BlockMethod | EdgeScaling | GainRefit | Rotation
+"""What works on whole blocks, as a step of its own beside `linear`."""
+
+AnyMethod = LinearMethod | LinearCorrection | BlockStep | ModelMethod | CacheMethod
 
 METHODS: dict[str, type[AnyMethod]] = {
     "quarot": QuaRot,
@@ -62,6 +90,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "awq_clip": AWQClip,
     "smoothquant": SmoothQuant,
     "omniquant_let": OmniQuantLET,
+    "norm_tweaking": NormTweaking,
     "inputs": Inputs,
     "llm_int8": LLMInt8,
     "squeezellm": SqueezeLLM,
@@ -79,7 +108,27 @@ METHODS: dict[str, type[AnyMethod]] = {
     "ternary": Ternary,
     "pb_llm": PBLLM,
     "onebit": OneBit,
+    "magnitude": Magnitude,
     "wanda": Wanda,
+    "shortgpt": ShortGPT,
+    "angular": Angular,
+    "sleb": SLEB,
+    "blockpruner": BlockPruner,
+    "evopress": EvoPress,
+    "magnitude_width": MagnitudeWidth,
+    "minitron": Minitron,
+    "flap": FLAP,
+    "llm_pruner": LLMPruner,
+    "ziplm": ZipLM,
+    "slicegpt": SliceGPT,
+    "ria": RIA,
+    "obd": OBD,
+    "obs": OBS,
+    "sparsegpt": SparseGPT,
+    "alps": ALPS,
+    "dsnot": DSnoT,
+    "reap": REAP,
+    "hc_smoe": HCSMoE,
     "svd_llm": SVDLLM,
     "eora": EoRA,
     "kivi": KIVI,
@@ -88,19 +137,34 @@ METHODS: dict[str, type[AnyMethod]] = {
     "fp8_cache": FP8Cache,
 }
 
+
+def name_of(method: AnyMethod) -> str:
+    """What recipes call a method."""
+    return next(name for name, cls in METHODS.items() if type(method) is cls)
+
+
 __all__ = [
     "METHODS",
     "AnyMethod",
     "BlockMethod",
+    "BlockStep",
     "BlockWeights",
     "ByGroup",
     "CacheMethod",
+    "Cut",
+    "Cuts",
+    "DepthMethod",
     "EdgeScaling",
+    "ExpertMethod",
+    "GainRefit",
     "Guided",
     "LinearCorrection",
     "LinearMethod",
     "ModelMethod",
     "Passage",
     "Place",
+    "Probe",
     "Rotation",
+    "WidthMethod",
+    "name_of",
 ]

@@ -12,8 +12,8 @@ from torch import Tensor
 from decoct.arch import Slot
 from decoct.ops.hadamard import random_signs
 from decoct.ops.rotation import Turn
-from decoct.stats import Stat
-from decoct.weights import Dense, LowRank, Masked, QuantizedInput, Rotated, Shared, Sparse, Weight
+from decoct.stats import PairedGram, Stat
+from decoct.weights import Dense, LowRank, Masked, Padded, QuantizedInput, Rotated, Shared, Sparse, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +242,32 @@ class EdgeScaling(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GainRefit(ABC):
+    """Gives a block's norms other gains once the matrices that read them have changed. A step of its own, the last.
+
+    Attributes:
+        stat: the statistic of each edge that it needs: the inputs as they are and as they were.
+    """
+
+    stat: ClassVar[type[Any]] = PairedGram
+
+    @abstractmethod
+    def factors(
+        self, readers: Sequence[Float[Tensor, "out in"]], wanted: Sequence[Float[Tensor, "out in"]], stat: Any
+    ) -> Float[Tensor, "in"]:
+        """What a norm's gain is multiplied with.
+
+        Args:
+            readers: the matrices that read it, as they have become, float32; not changed.
+            wanted: the same as they were.
+            stat: an instance of `self.stat`.
+
+        Raises:
+            ValueError: numbers that are not finite.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
     """Turns hidden states by orthogonal matrices, so that no channel is much larger than others; no output changes.
 
@@ -289,9 +315,9 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
     """Apply a quantizer of dense matrices to a weight, keeping zeros zero and low rank low.
 
     Args:
-        weight: Dense; Sparse or Masked over Dense (the mask is kept); LowRank of such (each factor is quantized, the
-            left one with the statistic of what the right one puts out); Rotated on its input side (what it holds is
-            quantized, with the statistic of rotated inputs); QuantizedInput over any of these.
+        weight: Dense; Sparse or Masked over Dense (the mask is kept); Padded (its corner); LowRank of such (each factor
+            is quantized, the left one with the statistic of what the right one puts out); Rotated on its input side
+            (what it holds is quantized, with the statistic of rotated inputs); QuantizedInput over any of these.
         stat: the statistic of the inputs, or None.
         dense: (float32 matrix, mask of survivors or None, stat) -> Weight.
         name: the method's name, for the message.
@@ -307,6 +333,9 @@ def quantize_structure(weight: Weight, stat: Stat | None, dense: DenseRule, name
         case Sparse() | Masked(inner=Dense()):
             survivors = weight.survivors()
             return Masked.of(dense(weight.unpack(), survivors, stat), survivors)
+        case Padded(inner=inner):
+            seen = None if stat is None else stat.through(torch.eye(inner.shape[1], weight.shape[1]))
+            return weight.with_children({"inner": quantize_structure(inner, seen, dense, name)})
         case LowRank(left=left, right=right):
             new_right = quantize_structure(right, stat, dense, name)
             seen = None if stat is None else stat.through(new_right.unpack())
@@ -323,7 +352,12 @@ def refusal(name: str, weight: Weight) -> ValueError:
         return ValueError(f"{name} cannot compress a weight that is shared with {weight.target}; compress that one")
     if isinstance(weight, Rotated) and weight.left is None:
         return ValueError(f"{name} cannot work on a matrix whose inputs are rotated; leave its role out of `online`")
-    kinds = "(".join(node.kind for node in weight.walk())
+    if isinstance(weight, Padded):
+        return ValueError(
+            f"{name} cannot work on what uneven widths leave of a matrix; leave uneven out, or take a quantizer"
+        )
+    nodes = [node.kind for node in weight.walk()]
     return ValueError(
-        f"{name} cannot be applied to a {kinds} weight without losing its structure; put it earlier in the recipe"
+        f"{name} cannot be applied to a {'('.join(nodes)}{')' * (len(nodes) - 1)} weight without losing its structure; "
+        "put it earlier in the recipe"
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from decoct.ops.grid import stored_scale
 from decoct.ops.hadamard import hadamard
 from decoct.ops.rounding import clipped_codes
-from decoct.weights import Dense, GroupInt, LowRank, Masked, Rotated, Stacked, Sum, Weight, pull_back
+from decoct.weights import Dense, GroupInt, LowRank, Masked, Padded, Rotated, Stacked, Sum, Weight, pull_back
 
 NEAREST = 0.4  # codes that a weight lies from the code it starts with, at most: nearer to the edge, noise moves it
 
@@ -164,6 +164,9 @@ def goals(
         case Masked(inner=inner):
             below = before.inner if isinstance(before, Masked) else before
             return goals(inner, below, wanted * weight.survivors(), f"{path}inner.")
+        case Padded(inner=inner):
+            below = before.inner if isinstance(before, Padded) else before
+            return goals(inner, below, wanted[: inner.shape[0], : inner.shape[1]], f"{path}inner.")
         case Rotated(inner=inner, left=None, right=right) if right is not None:
             below = before.inner if isinstance(before, Rotated) else before
             return goals(inner, below, hadamard(wanted / right.float()), f"{path}inner.")

@@ -1,4 +1,4 @@
-"""Every searched matrix with every number of bits, made once and kept on disk: what all later questions look up."""
+"""Every searched matrix at every level, made once and kept on disk: what all later questions look up."""
 
 import json
 import time
@@ -21,11 +21,12 @@ from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
 from decoct.engine.write import shard_name, write_shard
 from decoct.model import DESCRIPTIONS, PART
+from decoct.search.settings import Level
 from decoct.search.target import Target
 from decoct.store import SafetensorsFile, open_safetensors
-from decoct.weights import Weight, rebuild
+from decoct.weights import Masked, Sparse, Weight, rebuild
 
-_AT = "@"  # in a shard a candidate is called by its slot's name, this, and its bits
+_AT = "@"  # in a shard a candidate is called by its slot's name, this, and its level
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,20 @@ class Candidates:
 
     folder: Path
 
-    def weight(self, name: str, bits: int) -> Weight:
-        """A searched matrix with these bits."""
-        shard, description, parts = self._stored[f"{name}{_AT}{bits}"]
+    def weight(self, name: str, level: Level) -> Weight:
+        """A searched matrix at this level."""
+        shard, description, parts = self._stored[f"{name}{_AT}{level}"]
         return rebuild(description, {part.split(PART, 1)[1]: shard.read(part) for part in parts}, name)
 
-    def nbytes(self, name: str, bits: int) -> int:
+    def nbytes(self, name: str, level: Level) -> int:
         """Exact bytes of what it stores."""
-        shard, _, parts = self._stored[f"{name}{_AT}{bits}"]
+        shard, _, parts = self._stored[f"{name}{_AT}{level}"]
         return sum(shard.tensors[part].nbytes for part in parts)
+
+    def kept(self, name: str, level: Level) -> int:
+        """Weights of it that are not removed."""
+        mask = next(node for node in self.weight(name, level).walk() if isinstance(node, Masked | Sparse))
+        return int(mask.survivors().sum())
 
     @cached_property
     def _stored(self) -> dict[str, tuple[SafetensorsFile, dict[str, Any], list[str]]]:
@@ -69,9 +75,9 @@ def make_candidates(
     journal: Journal,
     on_event: OnEvent,
 ) -> Candidates:
-    """Stream the uncompressed model once; compress every searched matrix in every width on its way.
+    """Stream the uncompressed model once; compress every searched matrix at every level on its way.
 
-    All widths see the same statistics, those of the uncompressed model's inputs. Goes on where the journal ends.
+    All levels see the same statistics, those of the uncompressed model's inputs. Goes on where the journal ends.
 
     Args:
         target: what is searched.
@@ -107,7 +113,7 @@ class _Maker:
             journal,
             on_event,
         )
-        self._steps = {bits: target.steps(bits) for bits in target.widths}
+        self._steps = {level: target.steps(level) for level in target.levels}
         width = self._model.shape(self._model.family.embed)[1]
         self._states = Activations(folder, (*tokens.shape, width), dtype, in_memory=False)
         self._searched = set(target.names)
@@ -189,11 +195,11 @@ class _Maker:
         return self._compress(Block("lm_head", slots, original, original, stats))
 
     def _compress(self, block: Block) -> dict[str, Weight]:
-        """Every searched matrix of the block in every width."""
+        """Every searched matrix of the block at every level."""
         made: dict[str, Weight] = {}
-        for bits, steps in self._steps.items():
+        for level, steps in self._steps.items():
             done = chain(*(each_linear(step.methods) for step in steps))(block).weights
-            made.update({f"{name}{_AT}{bits}": done[name] for name in block.slots if name in self._searched})
+            made.update({f"{name}{_AT}{level}": done[name] for name in block.slots if name in self._searched})
         return made
 
     def _wanted(self, slots: dict[str, Slot]) -> dict[str, frozenset[type[Any]]]:

@@ -1,6 +1,6 @@
 """EvoPress (arXiv 2410.14649): change a choice at random, keep what the true divergence says is better.
 
-One parent. In every generation its offspring have a few groups' bits raised and others' lowered, so that the budget
+One parent. In every generation its offspring have a few groups' levels raised and others' lowered, so that the budget
 holds; they are judged on few sequences, the better ones on more, and the last ones, together with the parent, on all.
 """
 
@@ -51,8 +51,8 @@ def evolve(
 
     Args:
         begin: where to start.
-        sizes: bytes of each group's options, rising.
-        budget: bytes for all groups together; the first parent must keep it.
+        sizes: of each group's options, rising; bytes, or weights kept.
+        budget: for all groups together; the first parent must keep it.
         fitness: measures choices.
         search: generations to be done in all, those before `begin` included; offspring; the seed of the mutations.
         num_sequences: the most that `fitness` can measure on.

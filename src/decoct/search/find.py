@@ -1,22 +1,22 @@
-"""From a recipe and a target to bits for every matrix: candidates, costs, the best choice, and what evolves from it.
+"""From a recipe and a target to every matrix's bits or sparsity: candidates, costs, a choice, and what evolves from it.
 
 Everything that takes time is saved beside the run, so that a search that is killed goes on where it was:
 
-    search/model-*         every searched matrix in every width, and their journal; removed once the bits are chosen
+    search/model-*         every searched matrix at every level, and their journal; removed once the levels are chosen
     search/states/         hidden states and gradients; removed with them
     search/costs.json      what each candidate costs and weighs
-    search/factors.json    true divergences over estimated ones, by role and width
+    search/factors.json    true divergences over estimated ones, by role and level
     search/evolution.json  the last generation
-    search/choice.json     the bits
+    search/choice.json     the levels
 """
 
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ from decoct.engine.stream import Event
 from decoct.search.candidates import Candidates, make_candidates
 from decoct.search.evolve import Generation, Options, evolve
 from decoct.search.measure import Measurer
-from decoct.search.plan import SearchPlan, budget_bytes, check_room, plan_search
+from decoct.search.plan import SearchPlan, budget_for, check_room, plan_search
 from decoct.search.sensitivity import Costs, find_costs
-from decoct.search.settings import Search
+from decoct.search.settings import Level, Search
 from decoct.search.solve import solve
 from decoct.search.target import Target
 from decoct.store import read_json, write_json
@@ -48,23 +48,30 @@ from decoct.version import __version__
 FOLDER = "search"
 """Inside the run's folder."""
 
+_Sizes = dict[str, dict[Level, int]]
+_Number = TypeVar("_Number", int, float)
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """What a search chose.
 
     Attributes:
-        choice: bits by full slot name.
+        setting: what was chosen for each matrix: bits or sparsity.
+        choice: its level by full slot name.
         nbytes: of the searched matrices, everything that they store counted.
         bits: the same, for each of their weights.
+        sparsity: fraction of these weights that is removed; None where bits were chosen.
         cost: what the estimates say that it costs, nats a token.
         divergence: measured on calibration text, nats a token; None if nothing evolved.
         first: the same of the estimates' own choice, from which the evolution began.
     """
 
-    choice: dict[str, int]
+    setting: str
+    choice: dict[str, Level]
     nbytes: int
     bits: float
+    sparsity: float | None
     cost: float
     divergence: float | None
     first: float | None
@@ -88,7 +95,7 @@ def find_bits(job: Job, search: Search, watch: Watch) -> tuple[Target, Found]:
                 return plan.target, found
         if any(run.glob(f"stage-*/{JOURNAL}")):
             raise ValueError(
-                f"{job.out} holds an unfinished run with other bits; repeat the first command to finish it, add "
+                f"{job.out} holds an unfinished run with another choice; repeat the first command to finish it, add "
                 "--fresh to discard it, or choose another output folder"
             )
     check_output(job, run)
@@ -119,20 +126,26 @@ class _Searcher:
 
     def run(self) -> Found:
         """Every phase that is not done yet."""
-        costs, sizes = self._costs()
-        costs = self._corrected(costs)
+        costs, nbytes, kept = self._costs()
         target, search = self._target, self._search
-        table = [[sum(costs[n][bits] for n in tie.names) for bits in target.widths] for tie in target.ties]
-        weights = [[sum(sizes[n][bits] for n in tie.names) for bits in target.widths] for tie in target.ties]
-        reach = sum(min(each) for each in weights), sum(max(each) for each in weights)
-        budget = budget_bytes(search, self._plan, reach)
-        best = Generation(0, tuple(solve(table, weights, budget)))
+        table, in_bytes = self._by_tie(self._corrected(costs)), self._by_tie(nbytes)
+        amounts = in_bytes if search.sparsity is None else self._by_tie(kept)
+        reach = sum(min(each) for each in amounts), sum(max(each) for each in amounts)
+        budget = budget_for(search, self._plan, reach)
+        best = Generation(0, tuple(solve(table, amounts, budget)))
         if search.generations and search.num_measured:
-            best = self._evolved(best, weights, budget)
-        nbytes = sum(each[option] for each, option in zip(weights, best.parent, strict=True))
-        cost = sum(each[option] for each, option in zip(table, best.parent, strict=True))
-        bits = 8 * nbytes / target.entries
-        found = Found(self._choice(best.parent), nbytes, bits, cost, best.divergence, best.first)
+            best = self._evolved(best, amounts, budget)
+        taken = _chosen_sum(in_bytes, best.parent)
+        found = Found(
+            setting=target.setting,
+            choice=self._choice(best.parent),
+            nbytes=taken,
+            bits=8 * taken / target.entries,
+            sparsity=1 - _chosen_sum(self._by_tie(kept), best.parent) / target.entries if kept else None,
+            cost=_chosen_sum(table, best.parent),
+            divergence=best.divergence,
+            first=best.first,
+        )
         _write_choice(self._folder / "choice.json", self._job, search, target, found)
         shutil.rmtree(self._folder / "states", ignore_errors=True)
         (self._folder / JOURNAL).unlink(missing_ok=True)
@@ -140,32 +153,41 @@ class _Searcher:
             path.unlink()
         return found
 
+    def _by_tie(self, found: Mapping[str, Mapping[Level, _Number]]) -> list[list[_Number]]:
+        """What each group's members have together, level by level."""
+        target = self._target
+        return [[sum(found[name][level] for name in tie.names) for level in target.levels] for tie in target.ties]
+
     def _candidates(self) -> Candidates:
-        """Every matrix in every width; made now if they are not there (any more)."""
+        """Every matrix at every level; made now if they are not there (any more)."""
         if self._made is None:
             journal = Journal(self._folder, self._identity, self._folder)
-            widths = ", ".join(map(str, self._target.widths))
-            self._watch.began(f"compressing every searched matrix with {widths} bits")
+            levels = ", ".join(map(str, self._target.levels))
+            with_levels = f"with {levels} bits" if self._target.setting == "bits" else f"at sparsities of {levels}"
+            self._watch.began(f"compressing every searched matrix {with_levels}")
             self._made = make_candidates(
                 self._target, self._making, self._plan.dtype, self._folder, journal, self._watch.event
             )
         return self._made
 
-    def _costs(self) -> tuple[Costs, dict[str, dict[int, int]]]:
-        """Estimated costs, and exact bytes, of every matrix in every width."""
-        path, widths = self._folder / "costs.json", self._target.widths
+    def _costs(self) -> tuple[Costs, _Sizes, _Sizes]:
+        """Estimated costs, exact bytes, and, where sparsities are chosen, weights kept, by matrix and level."""
+        path, target = self._folder / "costs.json", self._target
         saved = _saved(path, self._identity)
         if saved is None or not saved["complete"]:
             candidates = self._candidates()
-            sizes = {name: {bits: candidates.nbytes(name, bits) for bits in widths} for name in self._target.names}
+            sizes = {n: {level: candidates.nbytes(n, level) for level in target.levels} for n in target.names}
+            kept: _Sizes = {}
+            if target.setting == "sparsity":
+                kept = {n: {level: candidates.kept(n, level) for level in target.levels} for n in target.names}
 
             def save(costs: Costs, *, complete: bool = False) -> None:
-                value = {"identity": self._identity, "complete": complete, "costs": costs, "sizes": sizes}
-                write_json(path, value)
+                found = {"costs": costs, "sizes": sizes, "kept": kept}
+                write_json(path, {"identity": self._identity, "complete": complete, **found})
 
             self._watch.began("measuring how much each matrix matters, from gradients")
             tokens = self._judging[: self._search.num_sequences]
-            known = {} if saved is None else _by_bits(saved["costs"])
+            known = {} if saved is None else _by_level(saved["costs"])
             states = self._folder / "states"
             costs = find_costs(
                 self._target, candidates, tokens, self._search.seed, states, known, save, self._watch.event
@@ -173,21 +195,21 @@ class _Searcher:
             save(costs, complete=True)
             saved = _saved(path, self._identity)
             assert saved is not None
-        return _by_bits(saved["costs"]), _by_bits(saved["sizes"])
+        return _by_level(saved["costs"]), _by_level(saved["sizes"]), _by_level(saved["kept"])
 
     def _corrected(self, costs: Costs) -> Costs:
-        """The costs, each role's in each width multiplied by what a true measurement says of all blocks together."""
+        """The costs, each role's at each level multiplied by what a true measurement says of all blocks together."""
         if not self._search.num_measured:
             return costs
         factors = self._factors(costs)
         role = {name: tie.role for tie in self._target.ties for name in tie.names}
         return {
-            name: {bits: cost * factors[role[name]][bits] for bits, cost in each.items()}
+            name: {level: cost * factors[role[name]][level] for level, cost in each.items()}
             for name, each in costs.items()
         }
 
-    def _factors(self, costs: Costs) -> dict[str, dict[int, float]]:
-        """True divergence over estimated cost, by role and width, with that role's matrices alone compressed."""
+    def _factors(self, costs: Costs) -> Costs:
+        """True divergence over estimated cost, by role and level, with that role's matrices alone compressed."""
         path = self._folder / "factors.json"
         saved = _saved(path, self._identity)
         if saved is None:
@@ -196,22 +218,22 @@ class _Searcher:
                 roles.setdefault(tie.role, []).extend(tie.names)
             self._watch.began("comparing the estimates with true divergences")
             measurer = self._measurer()
-            factors: dict[str, dict[int, float]] = {}
+            factors: Costs = {}
             for number, (role, names) in enumerate(roles.items()):
                 started = time.perf_counter()
-                choices = [dict.fromkeys(names, bits) for bits in self._target.widths]
+                choices = [dict.fromkeys(names, level) for level in self._target.levels]
                 true = measurer.divergences(choices, self._measured())
-                estimates = [sum(costs[name][bits] for name in names) for bits in self._target.widths]
+                estimates = [sum(costs[name][level] for name in names) for level in self._target.levels]
                 factors[role] = {
-                    bits: found / estimate if found > 0 and estimate > 0 else 1.0
-                    for bits, found, estimate in zip(self._target.widths, true, estimates, strict=True)
+                    level: found / estimate if found > 0 and estimate > 0 else 1.0
+                    for level, found, estimate in zip(self._target.levels, true, estimates, strict=True)
                 }
                 seconds = time.perf_counter() - started
                 self._watch.event(Event(f"true divergence, {role}", number + 1, len(roles), None, seconds, 0))
             write_json(path, {"identity": self._identity, "factors": factors})
             saved = _saved(path, self._identity)
             assert saved is not None
-        return _by_bits(saved["factors"])
+        return _by_level(saved["factors"])
 
     def _evolved(self, begin: Generation, sizes: Sequence[Sequence[int]], budget: int) -> Generation:
         """What the evolution makes of the estimates' choice."""
@@ -223,7 +245,7 @@ class _Searcher:
         if begin.number >= search.generations:
             return begin
         measurer = self._measurer()
-        self._watch.began("changing bits here and there, and keeping what is better")
+        self._watch.began("changing the choice here and there, and keeping what is better")
 
         started = time.perf_counter()
 
@@ -245,10 +267,10 @@ class _Searcher:
             keep,
         )
 
-    def _choice(self, options: Options) -> dict[str, int]:
-        widths = self._target.widths
-        bits = {n: widths[o] for tie, o in zip(self._target.ties, options, strict=True) for n in tie.names}
-        return {name: bits[name] for name in self._job.model.slots() if name in bits}
+    def _choice(self, options: Options) -> dict[str, Level]:
+        levels = self._target.levels
+        found = {n: levels[o] for tie, o in zip(self._target.ties, options, strict=True) for n in tie.names}
+        return {name: found[name] for name in self._job.model.slots() if name in found}
 
     def _measured(self) -> int:
         """Sequences that true divergences are measured on."""
@@ -262,13 +284,14 @@ class _Searcher:
 
 
 def _identity(job: Job, search: Search, target: Target) -> dict[str, Any]:
-    """What the costs depend on; not the number of bits that is wanted, so that another one can be met with them."""
+    """What the costs depend on; not the target, so that another one can be met with them."""
     source, kept = job.model.source, ("num_sequences", "num_measured", "seed")
     return {
         "decoct": __version__,
         "source": {"label": Path(source.label).name, "fingerprint": short_digest(source.fingerprint())},
         "stage": job.stages[target.stage].description,
-        "widths": list(target.widths),
+        "setting": target.setting,
+        "levels": list(target.levels),
         "search": {key: value for key, value in search.model_dump().items() if key in kept},
         "threads": torch.get_num_threads(),
     }
@@ -305,6 +328,10 @@ def _as_json(value: dict[str, Any]) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _by_bits(table: dict[str, dict[str, Any]]) -> dict[str, dict[int, Any]]:
+def _by_level(table: dict[str, dict[str, Any]]) -> dict[str, dict[Level, Any]]:
     """JSON turns numbers that are keys into text; this turns them back."""
-    return {name: {int(bits): value for bits, value in each.items()} for name, each in table.items()}
+    return {name: {json.loads(level): value for level, value in each.items()} for name, each in table.items()}
+
+
+def _chosen_sum(table: Sequence[Sequence[_Number]], options: Options) -> _Number:
+    return sum(each[option] for each, option in zip(table, options, strict=True))

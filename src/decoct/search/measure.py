@@ -9,15 +9,19 @@ from torch import Tensor
 from decoct.engine.gradients import LOGITS_AT_ONCE
 from decoct.engine.runner import Runner
 from decoct.search.candidates import Candidates
+from decoct.search.settings import Level
 from decoct.search.target import Choice, Target
 
 STATES_BYTES = 1 << 29
 """Of the hidden states that are held side by side, before a block and after it."""
 
-_Run = Callable[[tuple[int | None, ...], Tensor | None], Tensor]
+_Levels = tuple[Level | None, ...]
+"""Of some slots; None: uncompressed."""
 
-_State = tuple[int, tuple[int | None, ...]]
-"""A state that the embedding or a block leads to: the one before it, and the bits of the matrices passed through."""
+_Run = Callable[[_Levels, Tensor | None], Tensor]
+
+_State = tuple[int, _Levels]
+"""A state that the embedding or a block leads to: the one before it, and the levels of the matrices passed through."""
 
 
 class Measurer:
@@ -39,7 +43,7 @@ class Measurer:
         Choices that agree on the first blocks share the work of running these.
 
         Args:
-            choices: bits by slot name; slots that are absent stay uncompressed.
+            choices: levels by slot name; slots that are absent stay uncompressed.
             num_sequences: how many of the sequences to run.
         """
         if self._base is None:
@@ -66,7 +70,7 @@ class Measurer:
                 (before, tuple(choice.get(name) for name in names)) for before, choice in zip(at, choices, strict=True)
             ]
             # Those with the same matrices one after another, so that these are unpacked once.
-            order = sorted(dict.fromkeys(keys), key=lambda key: (tuple(bits or 0 for bits in key[1]), key[0]))
+            order = sorted(dict.fromkeys(keys), key=lambda key: (tuple(level or 0 for level in key[1]), key[0]))
             left = [key[0] for key in order]
             made: dict[_State, Tensor] = {}
             for number, key in enumerate(order):
@@ -77,15 +81,15 @@ class Measurer:
             states = {numbers[key]: state for key, state in made.items()}
             at[:] = [numbers[key] for key in keys]
 
-        advance([embed], lambda bits, _: self._embedded(tokens, bits[0]))
+        advance([embed], lambda levels, _: self._embedded(tokens, levels[0]))
         for block in range(model.num_blocks):
             names = [model.prefix(block) + slot.name for slot in model.block_slots]
             advance(names, _BlockRun(self, block, names))
         return [(number, states[state]) for number, state in enumerate(at)]
 
-    def _embedded(self, tokens: Tensor, bits: int | None) -> Tensor:
-        table = self.matrix(self._model.family.embed, bits)
-        return torch.cat([self._runner.embed(row.unsqueeze(0), table) for row in tokens])
+    def _embedded(self, tokens: Tensor, level: Level | None) -> Tensor:
+        table = self.matrix(self._model.family.embed, level)
+        return self._runner.embed_all(tokens, table)
 
     def _divergence(self, state: Float[Tensor, "sequences length hidden"], choice: Choice, num_sequences: int) -> float:
         assert self._base is not None
@@ -103,9 +107,9 @@ class Measurer:
                 total += float(wanted.exp().mul_(wanted.sub_(found)).sum(dtype=torch.float64))
         return max(0.0, total / state[:, :, 0].numel())
 
-    def matrix(self, name: str, bits: int | None) -> Float[Tensor, "out in"]:
-        """A slot's matrix as these bits leave it; None: uncompressed."""
-        weight = self._model.weight(name) if bits is None else self._candidates.weight(name, bits)
+    def matrix(self, name: str, level: Level | None) -> Float[Tensor, "out in"]:
+        """A slot's matrix as this level leaves it; None: uncompressed."""
+        weight = self._model.weight(name) if level is None else self._candidates.weight(name, level)
         return weight.unpack(torch.float32)
 
     def run_block(self, block: int, matrices: Mapping[str, Tensor], state: Tensor) -> Tensor:
@@ -120,16 +124,16 @@ class _BlockRun:
 
     def __init__(self, measurer: Measurer, block: int, names: Sequence[str]) -> None:
         self._measurer, self._block, self._names = measurer, block, names
-        self._bits: tuple[int | None, ...] | None = None
+        self._levels: _Levels | None = None
         self._matrices: dict[str, Tensor] = {}
 
-    def __call__(self, bits: tuple[int | None, ...], state: Tensor | None) -> Tensor:
+    def __call__(self, levels: _Levels, state: Tensor | None) -> Tensor:
         assert state is not None
-        if bits != self._bits:
-            before = dict(zip(self._names, self._bits or (), strict=False))
+        if levels != self._levels:
+            before = dict(zip(self._names, self._levels or (), strict=False))
             self._matrices = {
                 name: self._matrices[name] if before.get(name, -1) == each else self._measurer.matrix(name, each)
-                for name, each in zip(self._names, bits, strict=True)
+                for name, each in zip(self._names, levels, strict=True)
             }
-            self._bits = bits
+            self._levels = levels
         return self._measurer.run_block(self._block, self._matrices, state)

@@ -18,10 +18,11 @@ from torch import Tensor
 from decoct.engine.gradients import Sweep, gradients
 from decoct.engine.stream import Event, OnEvent
 from decoct.search.candidates import Candidates
+from decoct.search.settings import Level
 from decoct.search.target import Target
 
-Costs = dict[str, dict[int, float]]
-"""Nats a token, by full slot name and bits."""
+Costs = dict[str, dict[Level, float]]
+"""Nats a token, by full slot name and level."""
 
 GRADIENTS_BYTES = 1 << 28
 """Of gradients that wait for the candidates of one block, but at least one sequence's."""
@@ -99,7 +100,7 @@ class _Fisher:
             if block < 0:  # the caller saves what is whole; a tied embedding's two ends are added only once
                 for name, each in found.items():
                     before = self._costs.get(name, {})
-                    self._costs[name] = {bits: cost + before.get(bits, 0.0) for bits, cost in each.items()}
+                    self._costs[name] = {level: cost + before.get(level, 0.0) for level, cost in each.items()}
             else:
                 self._sweep.commit(block)
                 self._costs.update(found)
@@ -164,7 +165,7 @@ class _Fisher:
         """Add what some sequences' gradients say of each candidate, in nats a token of all sequences."""
         for name, gradients_of in found.items():
             original = self._model.weight(name).unpack(torch.float32)
-            sums = costs.setdefault(name, dict.fromkeys(self._target.widths, 0.0))
-            for bits in self._target.widths:
-                change = self._candidates.weight(name, bits).unpack(torch.float32).sub_(original)
-                sums[bits] += sum(row_cost(each, change) for each in gradients_of) / self._tokens.numel()
+            sums = costs.setdefault(name, dict.fromkeys(self._target.levels, 0.0))
+            for level in self._target.levels:
+                change = self._candidates.weight(name, level).unpack(torch.float32).sub_(original)
+                sums[level] += sum(row_cost(each, change) for each in gradients_of) / self._tokens.numel()

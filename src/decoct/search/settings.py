@@ -1,4 +1,4 @@
-"""What a recipe says of a search for bits."""
+"""What a recipe says of a search for bits, or for sparsities."""
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -7,14 +7,23 @@ from decoct.engine.budget import parse_size
 WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits that are tried where a recipe names none."""
 
+_AROUND = (0.2, 0.1, 0.0, -0.1, -0.2)  # sparsities that are tried where a recipe names none, less the one wanted
+
+Level = int | float
+"""What is chosen for a matrix: bits, or the fraction of its weights that is removed."""
+
 
 class Search(BaseModel):
     """A target, and how much work to put into meeting it well.
 
     Attributes:
         bits: average bits for each weight of the matrices that are searched, scales and all else they store counted.
-        size: bytes of all tensors of the whole result; instead of `bits`.
+        sparsity: fraction of the weights of the matrices that are searched which is removed, all together; instead of
+            `bits`. What is chosen for each matrix is then its sparsity.
+        size: bytes of all tensors of the whole result; instead of the two.
         widths: bits to choose from; None: those of 2, 3, 4, 5, 6, 8 that the method has.
+        levels: sparsities to choose from; None: the one wanted, and 0.1 and 0.2 more and less, or halfway to all.
+            With a `size`, they say that sparsities are chosen and not bits.
         num_sequences: calibration sequences whose gradients tell how much each matrix matters; held out of the others,
             on whose statistics candidates are made: see `held_out`.
         num_measured: of the same, sequences on which true divergences are measured, to correct the estimates and to
@@ -27,13 +36,30 @@ class Search(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bits: float | None = Field(default=None, gt=0)
+    sparsity: float | None = Field(default=None, gt=0, lt=1)
     size: int | None = Field(default=None, gt=0)
     widths: tuple[int, ...] | None = None
+    levels: tuple[float, ...] | None = None
     num_sequences: int = Field(default=16, ge=1)
     num_measured: int = Field(default=8, ge=0)
     generations: int = Field(default=10, ge=0)
     offspring: int = Field(default=16, ge=1)
     seed: int = 0
+
+    @property
+    def setting(self) -> str:
+        """The setting that is chosen for each matrix: bits or sparsity."""
+        return "bits" if self.sparsity is None and self.levels is None else "sparsity"
+
+    def sparsities(self) -> tuple[float, ...]:
+        """Those to choose from, falling: the smallest result first."""
+        if self.levels is not None:
+            return self.levels
+        assert self.sparsity is not None
+        found = (round(self.sparsity + change, 6) for change in _AROUND)
+        usable = [each for each in found if 0 < each < 1]
+        beyond = [] if usable[0] > self.sparsity else [round((1 + self.sparsity) / 2, 6)]
+        return tuple(beyond + usable)
 
     def held_out(self, num_sequences: int) -> int:
         """How many of so many calibration sequences judge, while the others make the candidates; at most half.
@@ -55,8 +81,22 @@ class Search(BaseModel):
             raise ValueError("widths need at least two different numbers of bits to choose from, such as [3, 4]")
         return None if value is None else tuple(sorted(set(value)))
 
+    @field_validator("levels")
+    @classmethod
+    def _levels(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (len(set(value)) < 2 or not all(0 < each < 1 for each in value)):
+            raise ValueError("levels need at least two different sparsities between 0 and 1, such as [0.5, 0.7]")
+        return None if value is None else tuple(sorted(set(value), reverse=True))
+
     @model_validator(mode="after")
     def _one_target(self) -> "Search":
-        if (self.bits is None) == (self.size is None):
-            raise ValueError("give either bits, the average of the searched matrices, or size, of the whole result")
+        if sum(each is not None for each in (self.bits, self.sparsity, self.size)) != 1:
+            raise ValueError(
+                "give one of bits, the average of the searched matrices, sparsity, what they lose, or size, of the "
+                "whole result"
+            )
+        if self.widths is not None and self.setting == "sparsity":
+            raise ValueError("widths are bits to choose from, and here sparsities are chosen; give levels")
+        if self.bits is not None and self.levels is not None:
+            raise ValueError("levels are sparsities to choose from, bits a target for bits; give a sparsity or a size")
         return self

@@ -20,6 +20,7 @@ from decoct.weights.gradient import for_training, pull_back, trainable
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.padded import Padded
 from decoct.weights.quantized_input import QuantizedInput, ready
 from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
@@ -43,6 +44,7 @@ __all__ = [
     "GroupInt",
     "LowRank",
     "Masked",
+    "Padded",
     "Plane",
     "QuantizedInput",
     "Rotated",

@@ -16,6 +16,7 @@ from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.padded import Padded
 from decoct.weights.quantized_input import QuantizedInput
 from decoct.weights.rotated import Rotated
 from decoct.weights.shared import Shared
@@ -31,7 +32,7 @@ WEIGHTS: dict[str, type[Weight]] = {
     cls.kind: cls
     for cls in (
         Dense, GroupInt, TwoLevelInt, FloatBlock, Codebook, Additive, Trellis, Rotated, Binary, Ternary, SparseInt,
-        Masked, Sparse, Columns, LowRank, Sum, Stacked, QuantizedInput, Shared,
+        Masked, Sparse, Columns, LowRank, Sum, Stacked, Padded, QuantizedInput, Shared,
     )
 }  # fmt: skip
 

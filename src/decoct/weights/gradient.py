@@ -16,6 +16,7 @@ from decoct.weights.float_block import FloatBlock
 from decoct.weights.group_int import GroupInt
 from decoct.weights.low_rank import LowRank
 from decoct.weights.masked import Masked
+from decoct.weights.padded import Padded
 from decoct.weights.quantized_input import QuantizedInput
 from decoct.weights.rotated import Rotated
 from decoct.weights.scaled import Scaled
@@ -77,6 +78,8 @@ def pull_back(weight: Weight, gradient: Float[Tensor, "out in"]) -> dict[str, Te
             of_left = pull_back(left, g @ right.unpack(torch.float32).T)
             of_right = pull_back(right, left.unpack(torch.float32).T @ g)
             return {**_named("left", of_left), **_named("right", of_right)}
+        case Padded(inner=inner):
+            return _named("inner", pull_back(inner, g[: inner.shape[0], : inner.shape[1]]))
         case Rotated():
             return _of_rotated(weight, g)
         case Sum(terms=terms):

@@ -13,6 +13,7 @@ from decoct.weights.base import Weight
 from decoct.weights.codebook import Codebook
 from decoct.weights.group_int import GroupInt
 from decoct.weights.masked import Masked
+from decoct.weights.sparse import Sparse
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,6 +70,11 @@ def stack(parts: Sequence[Weight]) -> Weight:
     ints = [part for part in parts if isinstance(part, GroupInt)]
     if len(ints) == len(parts) and _one_grid(ints):
         return _stacked_ints(ints, whole.shape)
+    sparse = [part for part in parts if isinstance(part, Sparse)]
+    if len(sparse) == len(parts) and len({part.bitmap is None for part in sparse}) == 1:
+        return Sparse.of(
+            torch.cat([part.unpack() for part in sparse]), torch.cat([part.survivors() for part in sparse])
+        )
     books = [part for part in parts if isinstance(part, Codebook)]
     if len(books) == len(parts) and len({(p.bits, p.d, p.rows_per_table, p.table.dtype) for p in books}) == 1:
         if books[0].rows_per_table > 1:

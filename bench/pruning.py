@@ -1,0 +1,75 @@
+"""Pruning on the testbed, from single weights to whole blocks; fills bench/results/pruning.jsonl.
+
+usage: pruning.py --model TESTBED --calibration c4.utf8 --text wiki.test.raw [--work DIR] [--rows NAME ...]
+"""
+
+from typing import Any
+
+from rows import HERE, Rows, Stages, fill, linear
+
+DEPTH = ("shortgpt", "angular", "sleb", "evopress", "blockpruner")
+WIDTH = ("magnitude_width", "minitron", "flap", "llm_pruner", "ziplm")
+SINGLE = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+
+
+def depth(method: str, num_dropped: int, **settings: Any) -> Stages:
+    """Blocks out of 30."""
+    return [{method: {"num_dropped": num_dropped, **settings}}]
+
+
+def width(method: str, keep: float, **settings: Any) -> Stages:
+    """Neurons out, of the whole model's parameters."""
+    return [{method: {"keep": keep, **settings}}]
+
+
+ROWS: Rows = {
+    "width 20 %, ziplm": ("standard", width("ziplm", 0.8)),
+    "depth 4, sleb": ("standard", depth("sleb", 4)),
+    "depth 4, sleb, bridge": ("standard", depth("sleb", 4, bridge=True)),
+    **{f"depth {n}, {m}": ("quick", depth(m, n)) for n in (2, 4, 8) for m in DEPTH if (m, n) != ("sleb", 4)},
+    **{f"depth {n}, sleb, bridge": ("quick", depth("sleb", n, bridge=True)) for n in (2, 8)},
+    "depth 7, sleb": ("quick", depth("sleb", 7)),
+    "depth 7, shortgpt": ("quick", depth("shortgpt", 7)),
+    **{
+        f"width {round(100 - 100 * keep)} %, {m}, quick": ("quick", width(m, keep))
+        for keep in (0.9, 0.8, 0.7)
+        for m in WIDTH
+    },
+    **{f"width 20 %, {m}, refitted": ("quick", width(m, 0.8, reconstruct=True)) for m in ("magnitude_width", "flap")},
+    **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
+    "width 20 %, a third of the heads, ziplm": ("quick", width("ziplm", 0.8, keep_heads=0.67)),
+    **{
+        f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))
+        for percent in (10, 30, 50, 60, 70)
+        for m in SINGLE
+    },
+    **{
+        f"{m} 70 %, owl": ("quick", linear({m: {"sparsity": 0.7, "owl": 0.08}})) for m in ("wanda", "sparsegpt", "alps")
+    },
+    **{
+        f"{m} {percent} %, norms": (
+            "quick",
+            [{"blocks": [{"linear": {m: {"sparsity": percent / 100}}}, {"norm_tweaking": {}}]}],
+        )
+        for percent in (50, 60)
+        for m in ("wanda", "sparsegpt")
+    },
+    **{
+        f"{m} {percent} %, searched": ("quick", linear({m: {"sparsity": percent / 100}}), {"sparsity": percent / 100})
+        for percent in (60, 70)
+        for m in ("wanda", "sparsegpt")
+    },
+    **{f"{m} {n}:{k}": ("quick", linear({m: {"n": n, "m": k}})) for n, k in ((2, 4), (4, 8)) for m in SINGLE},
+}
+
+
+def kind(row: dict[str, Any]) -> str:
+    """The table of bench/pruning.md that a row belongs to."""
+    if row["protocol"] == "standard":
+        return "standard"
+    first = row["row"].split(" ")[0]
+    return first if first in ("depth", "width") else "single weights"
+
+
+if __name__ == "__main__":
+    fill(ROWS, HERE / "results" / "pruning.jsonl", __doc__, HERE / "pruning.md", kind)

@@ -1,0 +1,88 @@
+"""What narrowing a model will take, before anything runs."""
+
+from math import prod
+
+import torch
+
+from decoct.engine.budget import Budget, product_rate
+from decoct.engine.data import Data
+from decoct.engine.guidance import Layout
+from decoct.engine.narrow import NarrowModel, trunks
+from decoct.engine.plan import Plan
+from decoct.engine.plan_guidance import GuidancePlan
+from decoct.engine.plan_reshaped import Costs, batch_bytes, computed_in, plan_reshaped
+from decoct.engine.runner import running_nbytes
+from decoct.engine.uneven import UnevenModel
+from decoct.methods.width import WidthMethod
+from decoct.model import Model
+
+_SQUARES = 5  # copies of an edge's Gram matrix while its matrices are refitted
+_COPIES = 4  # of an edge's matrices in float32
+
+
+def plan_width(
+    model: Model, method: WidthMethod, data: Data, budget: Budget, dtype: torch.dtype | None = None
+) -> tuple[Plan, NarrowModel]:
+    """Predict what narrowing takes, and what shapes are left.
+
+    Args:
+        model: what the stage begins with.
+        method: settings.
+        data: calibration.
+        budget: limits.
+        dtype: what to run blocks in; None: whatever this machine does fastest.
+
+    Raises:
+        ValueError: shapes that the architecture does not allow, a calibration that is too long, or too little memory.
+    """
+    left = narrowed(model, method)
+    needs_data = method.needs_data
+    dtype = computed_in(model, dtype, needs_data=needs_data)
+    seconds = _seconds(model, method, data, dtype) if needs_data else 2 * model.nbytes / 1e9
+    scratch = _sweep(model).scratch_bytes(data, dtype, 0) if method.by_gradient else 0
+    costs = Costs(_working(model, method, data, dtype), seconds, scratch)
+    return plan_reshaped(left, method, costs, data if needs_data else None, budget, dtype), left
+
+
+def narrowed(model: Model, method: WidthMethod) -> NarrowModel:
+    """What a method makes of a model, uneven or not.
+
+    Raises:
+        ValueError: the model does not allow it.
+    """
+    return UnevenModel.of(model, method) if method.uneven else NarrowModel.of(model, method)
+
+
+def _working(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) -> int:
+    """A block before and after, statistics of its edges, and the largest edge while it is refitted."""
+    size = running_nbytes(model, dtype) + prod(model.shape(model.family.embed)) * dtype.itemsize
+    if not method.needs_data:
+        return size
+    most, grams = 0, 0
+    for trunk in trunks(model, method):
+        channels = trunk.unit * trunk.num_units
+        grams += 4 * channels**2
+        entries = sum(
+            prod(model.shape(model.prefix(0) + slot.name)) for slot in (trunk.reader, *(w.slot for w in trunk.writers))
+        )
+        most = max(most, 4 * (_SQUARES * channels**2 + _COPIES * entries))
+    scoring = 0
+    if method.uneven:  # all hidden states, a block's statistics, and its matrices in float32
+        states = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize
+        scoring = states + grams + running_nbytes(model, torch.float32)
+    working = size + batch_bytes(model, data, dtype) + max(grams + most, scoring)
+    return max(working, _sweep(model).working_bytes(data, dtype)) if method.by_gradient else working
+
+
+def _sweep(model: Model) -> GuidancePlan:
+    """What gradients take: as token weights of guided statistics, of which there are none."""
+    return GuidancePlan(model, Layout(({},) * model.num_blocks))
+
+
+def _seconds(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) -> float:
+    """Two runs of the calibration text, the statistics, and a factorization or a few for each edge."""
+    forwards = (6.0 if method.uneven else 4.0) * model.num_parameters * data.num_tokens / (0.4 * product_rate(dtype))
+    squares = sum((trunk.unit * trunk.num_units) ** 2 for trunk in trunks(model, method))
+    cubes = sum((trunk.unit * trunk.num_units) ** 3 for trunk in trunks(model, method))
+    solving = (2.0 * data.num_tokens * squares + 10.0 * cubes) * model.num_blocks / (0.4 * product_rate(torch.float32))
+    return forwards + solving + (_sweep(model).seconds(data, dtype) if method.by_gradient else 0.0)

@@ -1,0 +1,1 @@
+"""Methods that make up for what others took away, without training."""
