@@ -356,8 +356,12 @@ def refusal(name: str, weight: Weight) -> ValueError:
         return ValueError(
             f"{name} cannot work on what uneven widths leave of a matrix; leave uneven out, or take a quantizer"
         )
-    nodes = [node.kind for node in weight.walk()]
     return ValueError(
-        f"{name} cannot be applied to a {'('.join(nodes)}{')' * (len(nodes) - 1)} weight without losing its structure; "
-        "put it earlier in the recipe"
+        f"{name} cannot be applied to a {_nested(weight)} weight without losing its structure; put it earlier in the recipe"
     )
+
+
+def _nested(weight: Weight) -> str:
+    """The expression that a weight is, such as LowRank(GroupInt, GroupInt)."""
+    inner = ", ".join(map(_nested, weight.children().values()))
+    return f"{weight.kind}({inner})" if inner else weight.kind
