@@ -357,7 +357,8 @@ def refusal(name: str, weight: Weight) -> ValueError:
             f"{name} cannot work on what uneven widths leave of a matrix; leave uneven out, or take a quantizer"
         )
     return ValueError(
-        f"{name} cannot be applied to a {_nested(weight)} weight without losing its structure; put it earlier in the recipe"
+        f"{name} cannot be applied to a {_nested(weight)} weight without losing its structure; "
+        "put it earlier in the recipe"
     )
 
 
