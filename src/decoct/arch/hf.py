@@ -26,6 +26,9 @@ Products = Mapping[str, Callable[[Tensor], Tensor]]
 """By a linear layer's path in its block: what takes the place of x·Wᵀ there, before the bias is added."""
 
 
+_POSITIONS = 512  # whose rotary embeddings are computed at once
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """What the model passes to one block beside the hidden states: masks, position embeddings and the like."""
@@ -121,6 +124,26 @@ class Skeleton:
         embeds = torch.zeros(*shape, self._hidden_size, dtype=dtype)
         self._run_base(rest, {"inputs_embeds": embeds})
         return self._tape.calls
+
+    def rotations(self, length: int, dtype: torch.dtype, rest: Tensors) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines [length, channels] of each block's rotary embedding, from position 0 on.
+
+        Blocks of one kind share their tensors. Not for models whose angles depend on how long a text is.
+        """
+        pieces: list[list[tuple[Tensor, Tensor]]] = []
+        for start in range(0, length, _POSITIONS):
+            positions = torch.arange(start, min(start + _POSITIONS, length)).unsqueeze(0)
+            embeds = torch.zeros(1, positions.shape[1], self._hidden_size, dtype=dtype)
+            self._run_base(rest, {"inputs_embeds": embeds, "position_ids": positions})
+            pieces.append([call.kwargs["position_embeddings"] for call in self._tape.calls])
+        joined: dict[int, tuple[Tensor, Tensor]] = {}
+        found = []
+        for block, (first, _) in enumerate(pieces[0]):
+            if id(first) not in joined:
+                cosines, sines = zip(*(piece[block] for piece in pieces), strict=True)
+                joined[id(first)] = (torch.cat(cosines, 1)[0], torch.cat(sines, 1)[0])
+            found.append(joined[id(first)])
+        return found
 
     def attentions(self, rest: Tensors) -> list[Attention]:
         """What each block's attention looks at. `rest`: the tensors outside the blocks, by module name."""

@@ -123,6 +123,10 @@ class Runner:
         """What a key-value cache has to know about each block's attention."""
         return self.skeleton.attentions(self._rest)
 
+    def rotations(self, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines [length, channels] of each block's rotary embedding, from position 0."""
+        return self.skeleton.rotations(length, self.dtype, self._rest)
+
     def run(
         self,
         block: int,
