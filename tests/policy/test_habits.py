@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import decoct
-from tests.policy.test_layers import FILES, SRC, imports, method_files
+from tests.policy.test_layers import FILES, SRC, imports, loss_files, method_files
 
 MAX_FILE, MAX_FUNCTION = 400, 60
 REFLECTIONS = 12  # hasattr/getattr calls in all of src; lower it when you can, argue before raising it
@@ -77,7 +77,7 @@ def test_little_reflection() -> None:
     assert len(found) <= REFLECTIONS, found
 
 
-@pytest.mark.parametrize("path", method_files(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*method_files(), *loss_files()], ids=lambda path: path.stem)
 def test_a_method_file_names_its_paper(path: Path) -> None:
     first = (ast.get_docstring(parse(path)) or "").splitlines()[0]
     assert re.search(r"arXiv \d{4}\.\d{4,5}\b", first)

@@ -14,7 +14,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LAYERS = (
     {"version"},
     {"ops"},
-    {"weights"},
+    {"weights", "losses"},
     {"store", "arch", "stats"},
     {"model"},
     {"methods"},
@@ -129,3 +129,17 @@ def test_light_imports(statement: str, heavy: set[str]) -> None:
     code = f"{statement}; import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not heavy & set(done.stdout.split())
+
+
+def loss_files() -> list[Path]:
+    return [path for path in sorted((SRC / "losses").glob("*.py")) if path.name not in LOSS_BASES]
+
+
+LOSS_BASES = {"__init__.py", "base.py", "chunks.py", "distribution.py", "states.py"}
+
+
+@pytest.mark.parametrize("path", sorted((SRC / "losses").glob("*.py")), ids=lambda path: path.stem)
+def test_losses_are_mathematics(path: Path) -> None:
+    for line, module in imports(path):
+        if module.split(".")[0] != "decoct":
+            assert module.split(".")[0] in MATHEMATICS, f"{path}:{line} imports {module}"

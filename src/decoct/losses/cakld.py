@@ -1,0 +1,40 @@
+"""CAKLD (BitDistiller, arXiv 2402.10631): forward and reverse KL, weighed by how sure the teacher is of the text."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from decoct.losses.base import Batch, Divergence, check_share
+from decoct.losses.chunks import AT_ONCE, label_log_probs
+from decoct.losses.distribution import Targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CAKLD(Divergence):
+    """c KL(student ‖ teacher) + (1 - c) KL(teacher ‖ student); c is how sure the teacher is of the text that is taught.
+
+    Attributes:
+        confidence: c, the mean probability that the teacher gives to the text's tokens (`confidence_of`), found once
+            before training.
+    """
+
+    confidence: float = 0.5
+
+    def __post_init__(self) -> None:
+        super(CAKLD, self).__post_init__()
+        check_share(self.confidence, "confidence")
+
+    @override
+    def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = teacher.exp(), student.exp()
+        apart = student - teacher
+        sure, unsure = self.confidence, 1 - self.confidence
+        return (sure * q - unsure * p) * apart, sure * (q * apart + q) - unsure * p
+
+
+def confidence_of(teacher: Targets, batch: Batch, at_once: int = AT_ONCE) -> float:
+    """The mean probability that the teacher gives to a batch's taught tokens, to be averaged over the texts."""
+    chances = label_log_probs(teacher, batch.labels, at_once).exp().double()
+    weights = batch.weights.double()
+    return float((chances * weights).sum() / weights.sum())

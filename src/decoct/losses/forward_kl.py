@@ -1,0 +1,18 @@
+"""Forward KL (Hinton et al., arXiv 1503.02531): the student covers everything that the teacher deems possible."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from decoct.losses.base import Divergence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardKL(Divergence):
+    """KL(teacher ‖ student): covers everything that the teacher deems possible; the default."""
+
+    @override
+    def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        p = teacher.exp()
+        return p * (teacher - student), -p

@@ -1,0 +1,19 @@
+"""Jeffreys divergence, forward and reverse KL together (as compared in arXiv 2404.02657)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from decoct.losses.base import Divergence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jeffreys(Divergence):
+    """KL(teacher ‖ student) + KL(student ‖ teacher)."""
+
+    @override
+    def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = teacher.exp(), student.exp()
+        apart = student - teacher
+        return (q - p) * apart, q * apart + q - p
