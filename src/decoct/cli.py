@@ -1,15 +1,14 @@
 """The commands. Thin: they read arguments, call the API of the same name, and print."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from decoct.console import Console, fail, json_text
+from decoct.commands.common import JsonOption, ModelArgument, answer, errors
+from decoct.console import Console
 from decoct.version import __version__
 
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ app = typer.Typer(
     help="Boil a language model down until it fits. Start with: decoct compress MODEL --preset w4 -o OUT",
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, or a hub id.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
 PresetOption = Annotated[
     list[str] | None, typer.Option("--preset", help="A recipe that comes with decoct; repeat to run several in order.")
@@ -71,9 +68,9 @@ def inspect(model: ModelArgument, json: JsonOption = False) -> None:
     """Show what a model is made of, and what of it can be compressed."""
     import decoct
 
-    with _errors(json=json):
+    with errors(json=json):
         found = decoct.inspect(model)
-        _answer(json=json, value=asdict(found), show=lambda console: console.inspection(found))
+        answer(json=json, value=asdict(found), show=lambda console: console.inspection(found))
 
 
 @app.command()
@@ -92,7 +89,7 @@ def plan(
     """Say what a recipe will do and take (memory, disk, time), and stop."""
     import decoct
 
-    with _errors(json=json):
+    with errors(json=json):
         changes = _target(bits, size, sparsity)
         chosen, changes = _recipe(
             recipe,
@@ -111,7 +108,7 @@ def plan(
                 console.search_plan(searching[0])
             console.plan(found)
 
-        _answer(json=json, value=value, show=show)
+        answer(json=json, value=value, show=show)
 
 
 @app.command()
@@ -135,7 +132,7 @@ def compress(
     """Compress a model. Interrupted at any point, the same command goes on where it was."""
     import decoct
 
-    with _errors(json=json, resumable=True):
+    with errors(json=json, resumable=True):
         if out is None:
             raise typer.BadParameter("say where the result goes: -o OUT", param_hint="-o / --out")
         changes = _target(bits, size, sparsity)
@@ -153,7 +150,7 @@ def compress(
                 model, chosen, out, settings=changes, fresh=fresh, watch=watch,
                 write_recipe=write_recipe, on_found=console.found,
             )  # fmt: skip
-        _answer(json=json, value=asdict(result), show=lambda console: console.result(result))
+        answer(json=json, value=asdict(result), show=lambda console: console.result(result))
 
 
 @app.command()
@@ -183,7 +180,7 @@ def evaluate(
     import decoct
     from decoct.evaluation import append_measurement
 
-    with _errors(json=json):
+    with errors(json=json):
         if dtype not in ("float32", "bfloat16"):
             raise typer.BadParameter("must be float32 or bfloat16", param_hint="--dtype")
         with Console.for_stderr().counter("block") as on_progress:
@@ -193,7 +190,7 @@ def evaluate(
             )  # fmt: skip
         if record is not None:
             append_measurement(record, found)
-        _answer(json=json, value=asdict(found), show=lambda console: console.measurement(found))
+        answer(json=json, value=asdict(found), show=lambda console: console.measurement(found))
 
 
 @app.command()
@@ -207,12 +204,12 @@ def export(
     """Write a compressed model in another engine's format."""
     import decoct
 
-    with _errors(json=json):
+    with errors(json=json):
         decoct.export(model, to, out, fold=fold)
         found = decoct.inspect(model)
         nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         value = {"folder": str(out), "format": to, "nbytes": nbytes, "model": found.model}
-        _answer(json=json, value=value, show=lambda console: console.line(f"wrote {out} ({to})"))
+        answer(json=json, value=value, show=lambda console: console.line(f"wrote {out} ({to})"))
 
 
 @app.command()
@@ -221,10 +218,10 @@ def methods(json: JsonOption = False) -> None:
     from decoct.api import list_methods
     from decoct.recipe import presets
 
-    with _errors(json=json):
+    with errors(json=json):
         found, recipes = list_methods(), presets()
         value = {"methods": [asdict(method) for method in found], "presets": recipes}
-        _answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
+        answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
 
 
 _BARE = {False: "w4", True: "sparse50"}  # what a search for bits (or sparsities) takes where no recipe is given
@@ -325,36 +322,3 @@ def _stage_json(found: "Plan") -> dict[str, object]:
         "bits_per_weight": found.bits_per_weight,
         "groups": groups,
     }
-
-
-def _answer(*, json: bool, value: object, show: Callable[[Console], None]) -> None:
-    if json:
-        sys.stdout.write(json_text(value) + "\n")
-    else:
-        show(Console.for_stdout())
-
-
-@contextmanager
-def _errors(*, json: bool, resumable: bool = False) -> Iterator[None]:
-    """Turn what a user can mend into one line; 1: it failed, 2: it was asked for wrongly."""
-    again = "; nothing finished is lost: run the same command again to go on" if resumable else ""
-    try:
-        yield
-    except typer.BadParameter as error:
-        if not json:
-            raise  # Typer adds how the command is used
-        fail(error.format_message(), 2, json=True)
-    except KeyboardInterrupt:
-        fail(f"stopped{again}", 1, json=json)
-    except MemoryError:
-        fail(f"out of memory; give a smaller --memory limit or close other programs{again}", 1, json=json)
-    except OSError as error:
-        fail(f"{error.strerror or error}: {error.filename or ''}{again}", 1, json=json)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        fail(f"out of memory; give a smaller --memory limit or close other programs{again}", 1, json=json)
-    except ValueError as error:
-        from decoct.recipe import RecipeError
-
-        fail(str(error), 2 if isinstance(error, RecipeError) else 1, json=json)

@@ -25,6 +25,7 @@ LAYERS = (
     {"recipe"},
     {"api"},
     {"", "console", "hf"},  # "": the package itself, which only points at the API
+    {"commands"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

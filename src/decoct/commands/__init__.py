@@ -1,0 +1,1 @@
+"""Commands that `cli.py` registers: one file each."""
