@@ -157,9 +157,9 @@ def test_a_student_that_equals_a_cached_teacher_is_left_alone() -> None:
 @pytest.mark.parametrize("entries", [VOCAB - 4, VOCAB + 6])
 def test_uld_compares_sorted_probabilities_of_any_vocabularies(entries: int) -> None:
     own, what = student(), batch()
-    teacher = Logits(draw(TOKENS, entries, seed=3))
+    teacher = Projected(draw(TOKENS, WIDTH, seed=3), Head(draw(entries, WIDTH, seed=4)))
     found = ULD(weight=0.7).by_row(own, teacher, what, 40)
-    for row, (t, s) in enumerate(zip(rows(teacher.logits), rows(logits_of(own)), strict=True)):
+    for row, (t, s) in enumerate(zip(rows(logits_of(teacher)), rows(logits_of(own)), strict=True)):
         if what.weights[row]:
             assert float(found[row]) == pytest.approx(uld(softmax(t), softmax(s), int(what.labels[row]), 0.7), rel=1e-9)
     check_gradients(ULD(weight=0.7), teacher, 40)

@@ -19,6 +19,7 @@ LAYERS = (
     {"model"},
     {"methods"},
     {"engine"},
+    {"teachers", "samples"},
     {"exporters", "runtime"},
     {"evaluation"},
     {"search", "report"},

@@ -11,7 +11,7 @@ from decoct.losses.cakld import CAKLD, confidence_of
 from decoct.losses.chunks import AT_ONCE, label_log_probs
 from decoct.losses.cross_entropy import CrossEntropy
 from decoct.losses.distillm2 import DistiLLM2
-from decoct.losses.distribution import Head, Logits, Mixed, MostConfident, Projected, Targets
+from decoct.losses.distribution import Aligned, Head, Logits, Mixed, MostConfident, Projected, Targets
 from decoct.losses.exits import Exits
 from decoct.losses.forward_kl import ForwardKL
 from decoct.losses.hidden_states import HiddenStates
@@ -60,6 +60,7 @@ __all__ = [
     "JSD",
     "LOSSES",
     "ULD",
+    "Aligned",
     "AnyLoss",
     "AttentionMaps",
     "Batch",

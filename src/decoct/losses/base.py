@@ -152,16 +152,13 @@ class SweptLoss(PredictionLoss):
 class TokenLoss(SweptLoss):
     """A loss that looks at each token alone."""
 
-    whole_vocabulary: ClassVar[bool] = False
-    """Whether parts of the vocabulary are of no use to it."""
-
     @override
     def work(self, student: Projected, teacher: Targets | None, batch: Batch, at_once: int) -> Work:
         def measure(rows: Tensor, student: Distribution, parts: Sequence[slice]) -> tuple[Tensor, Slope]:
             wanted = None if teacher is None else teacher.rows(rows, parts, self.softness)
             return self.measure(student, wanted, batch.labels[rows], parts)
 
-        return Work(measure, self.softness, whole_vocabulary=self.whole_vocabulary)
+        return Work(measure, self.softness)
 
     @property
     def softness(self) -> float:

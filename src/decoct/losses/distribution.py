@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -224,6 +224,43 @@ class MostConfident(Targets):
         found = [member.rows(tokens, parts, temperature) for member in self.members]
         tops = [torch.stack([each.columns(part).amax(-1) for part in parts]).amax(0) for each in found]
         return _Choice(found, torch.stack(tops).argmax(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned(Targets):
+    """A teacher's predictions of several texts in its own tokens, and which of them belongs to each of the student's.
+
+    Attributes:
+        texts: for each text the predictions; for each of the student's tokens the number of one of them; and whether
+            that means anything: where it does not, the teacher has nothing to say.
+    """
+
+    texts: tuple[tuple[Targets, Int[Tensor, " length"], Bool[Tensor, " length"]], ...]
+
+    @property
+    def known(self) -> Bool[Tensor, " tokens"]:
+        """Tokens that the teacher has something to say about."""
+        return torch.cat([known for _, _, known in self.texts])
+
+    @property
+    @override
+    def num_tokens(self) -> int:
+        return sum(len(places) for _, places, _ in self.texts)
+
+    @property
+    @override
+    def vocab(self) -> int:
+        return self.texts[0][0].vocab
+
+    @override
+    def rows(self, tokens: Int[Tensor, " some"], parts: Sequence[slice], temperature: float = 1.0) -> Distribution:
+        whole, start, found = slice(0, self.vocab), 0, []
+        for targets, places, _ in self.texts:
+            mine = tokens[(tokens >= start) & (tokens < start + len(places))] - start
+            if len(mine):
+                found.append(targets.rows(places[mine], [whole], temperature).columns(whole))
+            start += len(places)
+        return _Held(torch.cat(found))
 
 
 @dataclass(frozen=True, slots=True)
