@@ -46,6 +46,9 @@ SparsityOption = Annotated[
     float | None,
     typer.Option("--sparsity", help="Choose each matrix's sparsity so that this fraction of all goes, e.g. 0.6."),
 ]
+MinutesOption = Annotated[
+    float | None, typer.Option("--minutes", help="Time for stages that train, e.g. 30; they end about then.")
+]
 MemoryOption = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Memory limit, e.g. 3GiB.")]
 
 
@@ -84,6 +87,7 @@ def plan(
     sparsity: SparsityOption = None,
     data: TextOption = None,
     memory: MemoryOption = None,
+    minutes: MinutesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Say what a recipe will do and take (memory, disk, time), and stop."""
@@ -94,7 +98,7 @@ def plan(
         chosen, changes = _recipe(
             recipe,
             preset,
-            [*(settings or []), *changes],
+            [*(settings or []), *changes, *([f"minutes={minutes}"] if minutes is not None else [])],
             data,
             memory,
             bare=_BARE[sparsity is not None] if changes else None,
@@ -126,6 +130,7 @@ def compress(
     ] = None,
     data: TextOption = None,
     memory: MemoryOption = None,
+    minutes: MinutesOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Empty OUT first, if decoct wrote it.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -139,7 +144,7 @@ def compress(
         chosen, changes = _recipe(
             recipe,
             preset,
-            [*(settings or []), *changes],
+            [*(settings or []), *changes, *([f"minutes={minutes}"] if minutes is not None else [])],
             data,
             memory,
             bare=_BARE[sparsity is not None] if changes else None,

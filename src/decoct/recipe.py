@@ -37,13 +37,16 @@ from decoct.methods.depth import DepthMethod
 from decoct.methods.experts import ExpertMethod
 from decoct.methods.prune.slicegpt import SliceGPT
 from decoct.methods.quantize.e2e_qp import E2EQP
+from decoct.methods.training import TrainingMethod
 from decoct.methods.width import WidthMethod
 from decoct.search.settings import Search
+from decoct.training.stage import TrainStage
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
 _BLOCK_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, BlockStep)]
 _MODEL_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, ModelMethod)]
+_TRAINING_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, TrainingMethod)]
 _CACHE_METHODS = [name for name, cls in METHODS.items() if issubclass(cls, CacheMethod)]
 _TOP_KEYS = ("name", "about", "data", "budget", "search", "stages", "export")
 
@@ -137,6 +140,9 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         scope, _, name = key.strip().partition(".")
+        scopes = [scope]
+        if key.strip() in ("teacher", "minutes"):  # of whichever stages train
+            scopes, name = _TRAINING_METHODS, key.strip()
         if not equals or not name:
             raise RecipeError(f"--set {setting!r}: write it as data.num_sequences=64 or gptq.bits=3")
         try:
@@ -147,12 +153,12 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             changed.setdefault(scope, {})
             changed[scope] = {**(changed[scope] or {}), name: new}
             continue
-        found = list(_method_settings(changed.get("stages"), scope))
+        found = [(each, scope) for scope in scopes for each in _method_settings(changed.get("stages"), scope)]
         if not found:
             raise RecipeError(
                 f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget, search or a method"
             )
-        for holder in found:
+        for holder, scope in found:
             holder[scope] = {**(holder[scope] or {}), name: new}
     return changed
 
@@ -263,6 +269,8 @@ def _model_stage(method: AnyMethod) -> Stage:
             return SliceStage(method, settings)
         case ExpertMethod():
             return ExpertStage(method, settings)
+        case TrainingMethod():
+            return TrainStage(method, settings)
     assert isinstance(method, E2EQP)
     return ModelStage(method, settings)
 

@@ -202,6 +202,15 @@ class Skeleton:
             self._tape.injected = None
         return cast("Tensor", out.logits)
 
+    def final(self, hidden: Float[Tensor, "batch seq hidden"], rest: Tensors) -> Float[Tensor, "batch seq final"]:
+        """What the output projection reads: the last block's output after the final norm."""
+        self._tape.injected = hidden
+        try:
+            out = self._run_base(rest, {"inputs_embeds": hidden})
+        finally:
+            self._tape.injected = None
+        return cast("Tensor", out[0])
+
     def head_module(self) -> nn.Module:
         """The output projection, whose input is the edge "final"."""
         path = self.family.module_name(self.family.head).removesuffix(".weight")
@@ -211,10 +220,10 @@ class Skeleton:
         """Names of the parameters that `run_block` needs."""
         return {name for name, _ in self.blocks[index].named_parameters()}
 
-    def _run_base(self, rest: Tensors, inputs: dict[str, Tensor]) -> None:
+    def _run_base(self, rest: Tensors, inputs: dict[str, Tensor]) -> Any:
         self._tape.calls = []
         base = {name.removeprefix(self._base_prefix): t for name, t in rest.items()}
-        functional_call(self._model.base_model, base, (), {**inputs, "use_cache": False})
+        return functional_call(self._model.base_model, base, (), {**inputs, "use_cache": False})
 
 
 @contextmanager

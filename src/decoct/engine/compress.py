@@ -34,9 +34,11 @@ from decoct.engine.stages import (
     CacheStage,
     DepthStage,
     ModelStage,
+    OwnStage,
     RecipePlan,
     SliceStage,
     Stage,
+    StageRun,
     StructureStage,
     completed,
     plan_stages,
@@ -168,7 +170,7 @@ def _run_stage(
         events.append(event)
         watch.event(event)
 
-    if isinstance(stage, ModelStage) and begun_otherwise(staged, entry, ("stage", "data")):
+    if isinstance(stage, ModelStage | OwnStage) and begun_otherwise(staged, entry, ("stage", "data")):
         watch.message(f"{plan.kind} starts again with the new settings; the stages before it are kept")
         (staged / CHECKPOINT).unlink(missing_ok=True)  # first of all: without a journal it would seem to fit any run
         shutil.rmtree(staged)
@@ -180,6 +182,9 @@ def _run_stage(
         assert tokens is not None
         run_tuning(Tuning(stage.method, model, job.model, tokens, plan.dtype, staged, journal, note))
         return entry, model
+    if isinstance(stage, OwnStage):
+        given = StageRun(plan, model, job.model, job.data, tokens, staged, journal, note, watch.message)
+        return {**entry, **stage.run(given)}, model
     if isinstance(stage, DepthStage):
         assert tokens is not None
         at_once = candidates_at_once(plan, model, stage.method, job.data)

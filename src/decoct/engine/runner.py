@@ -153,6 +153,13 @@ class Runner:
         """
         return self.skeleton.head(hidden, self._outside(self.model.family.head, head, others))
 
+    def final(
+        self, hidden: Float[Tensor, "batch seq hidden"], others: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "batch seq final"]:
+        """What the output projection reads, given the last block's output; `others` as for `embed`."""
+        given = {self.model.family.module_name(key): tensor for key, tensor in (others or {}).items()}
+        return self.skeleton.final(hidden, {**self._rest, **given})
+
     def edge_widths(self) -> dict[str, int]:
         """Features of each edge of a block."""
         model = self.model

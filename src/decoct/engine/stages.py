@@ -1,16 +1,19 @@
 """What a recipe consists of, and the plan of all of it: a hopeless recipe is refused before its first stage runs."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from decoct.engine.budget import Budget
 from decoct.engine.data import Data, check_source
 from decoct.engine.disk import check_disk, most_on_disk
 from decoct.engine.fewer_experts import FewerExperts
+from decoct.engine.journal import Journal
 from decoct.engine.plan import Plan, StepRules, make_plan
 from decoct.engine.plan_cache import plan_cache
 from decoct.engine.plan_depth import plan_depth
@@ -20,6 +23,7 @@ from decoct.engine.plan_width import narrowed, plan_width
 from decoct.engine.reshaped import Reshaped
 from decoct.engine.rotate import rotated
 from decoct.engine.sliced import plan_slicing
+from decoct.engine.stream import OnEvent
 from decoct.methods import CacheMethod
 from decoct.methods.depth import DepthMethod
 from decoct.methods.experts import ExpertMethod
@@ -121,10 +125,90 @@ class ExpertStage:
     description: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a stage that plans itself has before it.
+
+    Attributes:
+        model: what it begins with, in the shapes that it has by then.
+        original: what the recipe begins with.
+        data: calibration.
+        budget: limits.
+        plans: of the stages before it.
+        passes: the steps of each of the recipe's passes before it.
+        dtype: what to compute in; None: whatever this machine does fastest.
+    """
+
+    model: Model
+    original: Model
+    data: Data
+    budget: Budget
+    plans: tuple[Plan, ...]
+    passes: tuple[tuple[StepRules, ...], ...]
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """What a stage that runs itself is given.
+
+    Attributes:
+        plan: its own.
+        model: what it begins with, as the stages before it made it.
+        original: what the recipe begins with.
+        data: calibration, and its tokens; no tokens where the plan needs none.
+        tokens: see `data`.
+        folder: where shards and checkpoints go.
+        journal: what is done already.
+        on_event: told of every step, then of every part that is written.
+        message: told what else a user should know.
+    """
+
+    plan: Plan
+    model: Model
+    original: Model
+    data: Data
+    tokens: Tensor | None
+    folder: Path
+    journal: Journal
+    on_event: OnEvent
+    message: Callable[[str], None]
+
+
+class OwnStage(ABC):
+    """A stage that a layer above the engine brings: it plans itself, and runs itself.
+
+    Attributes:
+        description: the stage as the recipe spells it.
+    """
+
+    description: dict[str, Any]
+
+    @abstractmethod
+    def plan(self, before: Before) -> Plan:
+        """What it will do and take.
+
+        Raises:
+            ValueError: anything that would stop it later.
+        """
+
+    @abstractmethod
+    def steps(self) -> tuple[StepRules, ...]:
+        """Those of a streamed pass that would leave weights of the same form; none: it leaves their form alone."""
+
+    @abstractmethod
+    def run(self, given: StageRun) -> dict[str, Any]:
+        """Do it, or go on where an earlier process stopped; gives what its entry in the lineage says beside the usual.
+
+        Raises:
+            ValueError: anything the user can mend.
+        """
+
+
 StructureStage = DepthStage | WidthStage | ExpertStage | SliceStage
 """Stages that change which matrices there are, or their shapes."""
 
-Stage = BlocksStage | ModelStage | CacheStage | StructureStage
+Stage = BlocksStage | ModelStage | CacheStage | StructureStage | OwnStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +326,9 @@ def plan_stages(
                 )
             plan, model = _plan_structure(model, stage, data, budget, dtype)
             plans += (plan,)
+        elif isinstance(stage, OwnStage):
+            plans += (stage.plan(Before(model, original, data, budget, plans, earlier, dtype)),)
+            earlier += (stage.steps(),) if stage.steps() else ()
         elif isinstance(stage, CacheStage):
             if number + 1 < len(stages):
                 raise ValueError(
@@ -288,7 +375,7 @@ def _plan_structure(
 
 def _result(model: Model, last: Stage, plans: tuple[Plan, ...]) -> Model | None:
     """What comes of it; `model` is in the basis that the stages set. Only passes change what weights are."""
-    passes = [plan for plan in plans if plan.kind == "blocks"]
+    passes = [plan for plan in plans if plan.steps]
     described = passes[-1].described if passes else model.described
     if described is None:
         return None

@@ -21,6 +21,7 @@ from decoct.methods.experts import ExpertMethod
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.guided import ByGroup, Guided
+from decoct.methods.heal.distill import Distill
 from decoct.methods.heal.norm_tweaking import NormTweaking
 from decoct.methods.prune.alps import ALPS
 from decoct.methods.prune.angular import Angular
@@ -104,6 +105,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "omniquant": OmniQuant,
     "block_ap": BlockAP,
     "e2e_qp": E2EQP,
+    "distill": Distill,
     "billm": BiLLM,
     "ternary": Ternary,
     "pb_llm": PBLLM,

@@ -1,0 +1,151 @@
+"""The student: a model's forward pass whose matrices are views; and the teacher, unpacked once and for all."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+from decoct.engine.runner import LaidOut, Runner
+from decoct.losses import Batch, Head, Projected, Targets
+from decoct.model import Model
+from decoct.training.objective import Objective
+from decoct.training.views import Vector, View
+
+
+class Named(nn.Module):
+    """Views or vectors by the checkpoint's names, which a module's children cannot have: they hold dots."""
+
+    def __init__(self, members: Mapping[str, View] | Mapping[str, Vector]) -> None:
+        super().__init__()
+        self.names = tuple(members)
+        self.members = nn.ModuleList(members.values())
+
+    @override
+    def forward(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All of them, in `dtype`."""
+        return {name: member(dtype) for name, member in zip(self.names, self.members, strict=True)}
+
+
+class TrainedBlock(nn.Module):
+    """One block: views of its matrices and vectors, and transformers' module to run them."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        block: int,
+        views: Mapping[str, View],
+        vectors: Mapping[str, Vector],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._runner, self._block, self._dtype = runner, block, dtype
+        self.matrices, self.vectors = Named(views), Named(vectors)
+        model = runner.model
+        self._fixed = {name: model.tensor(name).float() for name in model.others(block) if name not in vectors}
+
+    @override
+    def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
+        """The block's output."""
+        given = {**self.matrices(self._dtype), **self.vectors(torch.float32), **self._fixed}
+        return self._runner.run(self._block, self._runner.lay_out_given(self._block, given), hidden)
+
+
+class Student(nn.Module):
+    """A model that is trained.
+
+    Matrices are unpacked in the compute dtype, hidden states and norms stay in float32, and products run in the compute
+    dtype (autocast). Where blocks are recomputed, only what enters each is kept for the gradient.
+
+    Attributes:
+        views: of every matrix, by full name.
+        vectors: other tensors that are trained, by full name.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        views: Mapping[str, View],
+        vectors: Mapping[str, Vector],
+        dtype: torch.dtype,
+        *,
+        recompute: bool,
+    ) -> None:
+        """Lay out a model.
+
+        Args:
+            model: as it is stored.
+            views: of every matrix, by full name.
+            vectors: those other tensors that are trained, by full name.
+            dtype: what products are computed in.
+            recompute: run each block again for its gradient instead of keeping what it computed.
+        """
+        super().__init__()
+        self.model, self.views, self.vectors = model, dict(views), dict(vectors)
+        self._dtype, self._recompute = dtype, recompute
+        self._runner = Runner(model, torch.float32)
+        self.blocks = nn.ModuleList()
+        for block in range(model.num_blocks):
+            names = [model.prefix(block) + slot.name for slot in model.block_slots]
+            mine = {name: vectors[name] for name in model.others(block) if name in vectors}
+            self.blocks.append(TrainedBlock(self._runner, block, {n: views[n] for n in names}, mine, dtype))
+        self.ends = Named({slot.name: views[slot.name] for slot in model.end_slots})
+        self.outside = Named({name: vectors[name] for name in model.others(None) if name in vectors})
+
+    @override
+    def forward(
+        self, tokens: Int[Tensor, "batch seq"], objective: Objective, targets: Targets | None, batch: Batch
+    ) -> Float[Tensor, ""]:
+        """The loss of a batch, given what is wanted of it."""
+        with autocast(self._dtype):
+            ends, others = self.ends(self._dtype), self.outside(torch.float32)
+            hidden = self._runner.embed(tokens, ends[self.model.family.embed], others).float()
+            for block in self.blocks:
+                if self._recompute and torch.is_grad_enabled():
+                    hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    hidden = block(hidden)
+            final = self._runner.final(hidden, others)
+        matrix = ends[self.model.end_slots[-1].name]
+        return objective(Projected(final.flatten(0, 1), head_of(self.model, matrix)), targets, batch)
+
+
+class Teacher:
+    """A model whose predictions are wanted; its matrices are unpacked once, in the compute dtype."""
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._runner = Runner(model, torch.float32)
+        self._ends = {slot.name: model.weight(slot.name).unpack(dtype) for slot in model.end_slots}
+        self._blocks = [self._laid_out(block) for block in range(model.num_blocks)]
+
+    @torch.no_grad()
+    def targets(self, tokens: Int[Tensor, "batch seq"]) -> Targets:
+        """What it predicts for each token."""
+        with autocast(self._dtype):
+            hidden = self._runner.embed(tokens, self._ends[self._model.family.embed]).float()
+            for block, laid in enumerate(self._blocks):
+                hidden = self._runner.run(block, laid, hidden)
+            final = self._runner.final(hidden)
+        return Projected(final.flatten(0, 1), head_of(self._model, self._ends[self._model.end_slots[-1].name]))
+
+    def _laid_out(self, block: int) -> LaidOut:
+        model = self._model
+        names = [model.prefix(block) + slot.name for slot in model.block_slots]
+        given = {name: model.weight(name).unpack(self._dtype) for name in names}
+        given |= {name: model.tensor(name).float() for name in model.others(block)}
+        return self._runner.lay_out_given(block, given)
+
+
+def head_of(model: Model, matrix: Float[Tensor, "vocab hidden"]) -> Head:
+    """What makes logits of final hidden states."""
+    cap = model.config.get("final_logit_softcapping")
+    return Head(matrix, softcap=None if cap is None else float(cap))
+
+
+def autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Products in this dtype; nothing to do for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)

@@ -1,0 +1,95 @@
+"""Training as a stage of a recipe: planned, run, resumed, written."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from typing_extensions import override
+
+from decoct.engine.plan import Group, Plan, StepRules
+from decoct.engine.stages import Before, OwnStage, StageRun
+from decoct.engine.stream import Event
+from decoct.engine.tune import CHECKPOINT
+from decoct.engine.write import contents, shard_name, write_shard
+from decoct.methods import name_of
+from decoct.methods.training import TrainingMethod
+from decoct.training.loop import Trainer, Training, read_progress
+from decoct.training.network import Student, Teacher
+from decoct.training.objective import objective_of
+from decoct.training.plan import numbers_of, plan_training
+from decoct.training.teachers import teacher_of
+from decoct.training.text import TEACHER, read_text, source_of
+from decoct.training.views.choose import vectors_of, views_of
+
+
+@dataclass(frozen=True)
+class TrainStage(OwnStage):
+    """Trains what weights store, in the form in which they are.
+
+    Attributes:
+        method: settings.
+        description: the stage as the recipe spells it.
+    """
+
+    method: TrainingMethod
+    description: dict[str, Any]
+
+    @override
+    def plan(self, before: Before) -> Plan:
+        objective = objective_of(self.method.loss)
+        taught = objective.needs_teacher or source_of(self.method, before.data) == TEACHER
+        teachers = [teacher_of(self.method, before.original)] if taught else []
+        numbers = numbers_of(before, self.method)
+        groups = (Group("all", len(before.model.slots()), numbers.trained, (self.method,)),)
+        return replace(plan_training(before, self.method, teachers, numbers, groups), kind=name_of(self.method))
+
+    @override
+    def steps(self) -> tuple[StepRules, ...]:
+        return ()
+
+    @override
+    def run(self, given: StageRun) -> dict[str, Any]:
+        parts = list(contents(given.model))
+        student = None
+        if any(given.journal.finished(part) is None for part, _, _ in parts):
+            student = self._trained(given)
+        else:
+            self._retell(given)
+        transposed = {name for name, slot in given.model.slots().items() if slot.transposed}
+        for number, (part, slots, others) in enumerate(parts):
+            started = time.perf_counter()
+            if given.journal.finished(part) is None:
+                assert student is not None
+                shard = given.folder / shard_name(number, len(parts))
+                weights = {name: student.views[name].weight() for name in slots}
+                vectors = {
+                    name: student.vectors[name].tensor() if name in student.vectors else given.model.tensor(name)
+                    for name in others
+                }
+                nbytes = write_shard(shard, weights, vectors, transposed)
+                given.journal.finish(part, shard, error=None, nbytes=nbytes, starved=[])
+            nbytes = given.journal.parts[part]["nbytes"]
+            given.on_event(Event(part, number + 1, len(parts), None, time.perf_counter() - started, nbytes))
+        progress = read_progress(given.folder / CHECKPOINT)
+        return {"training": {"steps": len(progress.losses), "text": progress.text, "held_out": progress.looks}}
+
+    def _trained(self, given: StageRun) -> Student:
+        """The model as it is in the end."""
+        method, objective = self.method, objective_of(self.method.loss)
+        model, dtype = given.model, given.plan.dtype
+        writes = source_of(method, given.data) == TEACHER
+        teacher = teacher_of(method, given.original) if objective.needs_teacher or writes else None
+        text = read_text(method, given.data, model, teacher, given.message)
+        student = Student(
+            model, views_of(model, method), vectors_of(model, method), dtype, recompute=not given.plan.in_memory
+        )
+        teach = Teacher(teacher, dtype).targets if teacher is not None and objective.needs_teacher else None
+        todo = Training(method, student, teach, objective, text, given.folder, given.on_event, given.message)
+        Trainer(todo).run()
+        return student
+
+    def _retell(self, given: StageRun) -> None:
+        """Steps of an earlier process, for the summary."""
+        progress = read_progress(given.folder / CHECKPOINT)
+        for step, loss in enumerate(progress.losses):
+            given.on_event(Event(f"step {step + 1}", step + 1, progress.total, None, 0.0, 0, loss=loss))

@@ -1,0 +1,1 @@
+"""Training: views, the forward pass, the loop, stages."""
