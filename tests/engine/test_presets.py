@@ -18,7 +18,13 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "opt": {**WIDE, "ffn_dim": 128, "word_embed_proj_dim": 128},
     "qwen3_moe": {**WIDE, "moe_intermediate_size": 64},
 }
-CHEAP = {"qtip.state_bits": 8, "e2e_qp.num_steps": 1, "data.num_sequences": 2, "data.sequence_length": 16}
+CHEAP = {
+    "qtip.state_bits": 8,
+    "e2e_qp.num_steps": 1,
+    "distill.num_steps": 2,
+    "data.num_sequences": 2,
+    "data.sequence_length": 16,
+}
 REMEDIES = {
     ("gemma2", "w4a4kv4"): ["quarot.residual=false"],
     ("gemma3_text", "w4a4kv4"): ["quarot.residual=false"],
@@ -60,6 +66,9 @@ def test_presets_are_planned(family: str, tmp_path: Path) -> None:
         assert planned.bits_per_weight < (33 if preset == "kv4" else 16)
 
 
+HEALING = {"heal"}
+"""Presets for what is compressed already."""
+
 STRUCTURE = {"depth4", "width20"}
 """Presets whose results are plain checkpoints with fewer or smaller matrices."""
 
@@ -77,6 +86,15 @@ def test_presets_that_change_shapes_run(family: str, preset: str, tmp_path: Path
     assert measured.kl_mean is not None
 
 
+def test_heal_follows_another(tmp_path: Path) -> None:
+    """On the same base, which is then the teacher; the mask stays."""
+    base = wide(tmp_path, "llama-tied")
+    chosen = [*settings(base, "sparse50"), "distill.num_steps=2", "distill.held_out=2"]
+    result = decoct.compress(base, ["sparse50", "heal"], tmp_path / "out", settings=chosen)
+    assert len(result.losses) == 2
+    assert open_model(result.folder).described["model.layers.0.mlp.up_proj.weight"]["kind"] == "Sparse"
+
+
 def test_presets_one_after_another(tmp_path: Path) -> None:
     """What the guide shows: narrower first, then 4 bits with the preset's own groups of 64."""
     base = make_base(tmp_path, "llama", **{**WIDE, "intermediate_size": 320, "num_hidden_layers": 2})
@@ -87,7 +105,7 @@ def test_presets_one_after_another(tmp_path: Path) -> None:
     assert made.described["model.layers.1.mlp.down_proj.weight"]["kind"] == "GroupInt"
 
 
-@pytest.mark.parametrize("preset", sorted(presets().keys() - STRUCTURE))
+@pytest.mark.parametrize("preset", sorted(presets().keys() - STRUCTURE - HEALING))
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3_moe", "gpt2"])
 def test_presets_run(family: str, preset: str, tmp_path: Path) -> None:
     base = wide(tmp_path, family)

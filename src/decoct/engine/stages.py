@@ -319,11 +319,7 @@ def plan_stages(
         if isinstance(stage, ModelStage):
             plans += (plan_tuning(model, original, stage.method, data, budget, plans, dtype),)
         elif isinstance(stage, StructureStage):
-            if earlier:
-                raise ValueError(
-                    f"{next(iter(stage.description))} changes which matrices there are; put it before the stages that "
-                    "compress them"
-                )
+            _check_first(stage, earlier)
             plan, model = _plan_structure(model, stage, data, budget, dtype)
             plans += (plan,)
         elif isinstance(stage, OwnStage):
@@ -358,6 +354,15 @@ def reshaped(model: Model, stage: Stage) -> Reshaped | None:
     if isinstance(stage, ExpertStage):
         return FewerExperts.of(model, stage.method)
     return None
+
+
+def _check_first(stage: StructureStage, earlier: tuple[tuple[StepRules, ...], ...]) -> None:
+    """Refuse a stage that changes shapes after those that compress matrices."""
+    if earlier:
+        raise ValueError(
+            f"{next(iter(stage.description))} changes which matrices there are; put it before the stages that "
+            "compress them"
+        )
 
 
 def _plan_structure(

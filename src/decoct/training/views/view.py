@@ -40,7 +40,8 @@ class View(nn.Module):
         self._paths = tuple(leaves)
         self.leaves = nn.ModuleList(leaves.values())
         inside = {f"{path}.values" if path else "values" for path in leaves}
-        found = {name: t for name, t in trainable(self._held).items() if name not in inside and chosen(name)}
+        numbers = {name: tensor for name, tensor in trainable(self._held).items() if tensor.numel()}
+        found = {name: tensor for name, tensor in numbers.items() if name not in inside and chosen(name)}
         self._names = tuple(found)
         self.reals = nn.ParameterList([nn.Parameter(tensor.float()) for tensor in found.values()])
 
