@@ -15,21 +15,27 @@ if TYPE_CHECKING:
     from decoct.engine.compress import Watch
     from decoct.methods import METHODS
     from decoct.model import open_model
+    from decoct.runtime.sampling import Sampling
+    from decoct.serving.generate import generate
 
 _WHERE = {
     **dict.fromkeys(["compress", "evaluate", "export", "inspect", "load_recipe", "plan", "plan_search"], "decoct.api"),
     "METHODS": "decoct.methods",
+    "Sampling": "decoct.runtime.sampling",
+    "generate": "decoct.serving.generate",
     "open_model": "decoct.model",
     "Watch": "decoct.engine.compress",
 }
 
 __all__ = [
     "METHODS",
+    "Sampling",
     "Watch",
     "__version__",
     "compress",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "load_recipe",
     "open_model",

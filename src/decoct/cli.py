@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from decoct.commands.chat import chat
 from decoct.commands.common import JsonOption, ModelArgument, answer, errors
+from decoct.commands.generate import generate
 from decoct.console import Console
 from decoct.version import __version__
 
@@ -228,6 +230,9 @@ def methods(json: JsonOption = False) -> None:
         value = {"methods": [asdict(method) for method in found], "presets": recipes}
         answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
 
+
+for _command in (generate, chat):
+    app.command()(_command)
 
 _BARE = {False: "w4", True: "sparse50"}  # what a search for bits (or sparsities) takes where no recipe is given
 

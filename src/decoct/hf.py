@@ -4,12 +4,13 @@ Compressed weights stay packed in memory. `make_cache(folder)` makes the key-val
 `import decoct` alone does not import this, nor transformers.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,6 +20,9 @@ from decoct.engine.runner import Runner
 from decoct.methods.policy import read_policy
 from decoct.model import PART, Model, open_model
 from decoct.runtime import BlockCache, PackedEmbedding, PackedExperts, PackedLinear, PackedWeight, places
+from decoct.runtime.network import Feed
+from decoct.store import FolderSource
+from decoct.store.gguf_source import GgufSource
 from decoct.weights import check_version
 
 
@@ -220,6 +224,59 @@ def make_cache(model: "str | Path | Model") -> PolicyCache:
         )
     found = places(policy, Runner(opened, torch.float32).attentions())
     return PolicyCache([BlockCache(policy.method, place) for place in found], [place.sliding_window for place in found])
+
+
+class TransformersNetwork:
+    """A model of transformers in the seat of decoct's decode loop: one sequence after another, each with its cache.
+
+    Attributes:
+        about: one line: what computes.
+        context: the most tokens that a sequence may have.
+        num_seats: sequences that it holds at once.
+        nbytes: bytes of its parameters and buffers, but for a table that is only looked up in.
+    """
+
+    def __init__(self, network: Any, model: Model, about: str, *, context: int, num_seats: int = 1) -> None:
+        """Take a loaded model of transformers, and the checkpoint that says how keys and values are kept."""
+        self.about, self.context, self.num_seats = about, context, num_seats
+        self._network, self._model = network, model
+        self._caches: dict[int, Cache] = {}
+        table = network.get_input_embeddings()
+        looked_up = [] if model.tied else [*table.parameters(), *table.buffers()]
+        held = sum(each.nbytes for each in (*network.parameters(), *network.buffers()))
+        self.nbytes = held - sum(each.nbytes for each in looked_up)
+
+    def length(self, seat: int) -> int:
+        """Tokens that a sequence has so far."""
+        return int(self._caches[seat].get_seq_length()) if seat in self._caches else 0
+
+    def release(self, seat: int) -> None:
+        """Forget a sequence."""
+        self._caches.pop(seat, None)
+
+    @torch.inference_mode()
+    def advance(self, feeds: Sequence[Feed]) -> Tensor:
+        """Take tokens in; gives the float32 logits after the last token of each feed [feeds, vocab]."""
+        return torch.stack([self._advance(feed) for feed in feeds])
+
+    def _advance(self, feed: Feed) -> Tensor:
+        if feed.seat not in self._caches:
+            plain = self._model.cache is None
+            self._caches[feed.seat] = DynamicCache(config=self._network.config) if plain else make_cache(self._model)
+        out = self._network(
+            torch.tensor([list(feed.tokens)]), past_key_values=self._caches[feed.seat], use_cache=True, logits_to_keep=1
+        )
+        logits: Tensor = out.logits[0, -1].float()
+        return logits
+
+
+def load_whole(model: Model, dtype: torch.dtype | None = None) -> Any:
+    """A checkpoint as transformers' own model, packed weights packed; `dtype` None: the model's own."""
+    source, wanted = model.source, dtype or model.dtype
+    if isinstance(source, GgufSource):
+        return AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, dtype=wanted)
+    assert isinstance(source, FolderSource)
+    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted, experts_implementation="eager")
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -27,6 +27,7 @@ LAYERS = (
     {"recipe"},
     {"api"},
     {"", "console", "hf"},  # "": the package itself, which only points at the API
+    {"serving"},
     {"commands"},
     {"cli"},
 )

@@ -77,7 +77,6 @@ class Decoder:
         about: one line: what computes.
         context: the most tokens that a sequence may have.
         num_seats: sequences that it holds at once.
-        nbytes: bytes of its matrices as they are held.
     """
 
     def __init__(self, model: Model, *, context: int, num_seats: int = 1, dtype: torch.dtype | None = None) -> None:
@@ -121,9 +120,8 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrices as they are held."""
-        extra = 0 if self._head.products[0] is self._table else self._table.nbytes
-        return extra + sum(layer.nbytes for layer in self._layers())
+        """Bytes of the matrices that a token passes through, as they are held: not of a table that is looked up in."""
+        return sum(layer.nbytes for layer in self._layers())
 
     @property
     def cache_nbytes(self) -> int:

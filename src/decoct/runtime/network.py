@@ -34,6 +34,10 @@ class Network(Protocol):
     context: int
     num_seats: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that a token passes through."""
+
     def advance(self, feeds: Sequence[Feed]) -> Float[Tensor, "feeds vocab"]:
         """Take tokens in; gives the float32 logits after the last token of each feed. Each seat at most once."""
 

@@ -1,0 +1,69 @@
+"""The engines by name."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from decoct.model import open_model
+from decoct.serving.engine import Engine
+from decoct.serving.llama_cpp import LlamaCpp
+from decoct.serving.network_engine import NetworkEngine
+from decoct.serving.networks import choose_context, open_network
+
+ENGINES = ("decoct", "transformers", "llama.cpp", "onnxruntime", "openvino")
+"""As `--engine` spells them."""
+
+_LLAMA_CONTEXT = 4096
+
+
+def check_engine(name: str) -> None:
+    """Refuse an engine that there is not.
+
+    Raises:
+        ValueError: its name is unknown; the nearest is named.
+    """
+    if name not in ENGINES:
+        close = get_close_matches(name, ENGINES, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(ENGINES)}"
+        raise ValueError(f"unknown engine {name!r}{hint}")
+
+
+def open_engine(
+    name: str,
+    model: str | Path,
+    *,
+    context: int | None = None,
+    num_seats: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """Load a checkpoint into an engine.
+
+    Args:
+        name: one of ENGINES.
+        model: folder, .gguf file, or hub id; for llama.cpp a .gguf file.
+        context: the most tokens that prompt and answer may have together; None: the model's own up to 4096.
+        num_seats: sequences to hold at once.
+        dtype: of hidden states; None: the model's own.
+
+    Raises:
+        ValueError: the engine is unknown, not installed, or cannot run the checkpoint.
+    """
+    check_engine(name)
+    if context is not None and context < 2:
+        raise ValueError(f"context {context} is too short; give at least 2 tokens")
+    if name == "llama.cpp":
+        return _llama_cpp(Path(model), context)
+    if name in ("onnxruntime", "openvino"):
+        raise ValueError(
+            f"the engine {name} runs exported folders, which decoct does not write yet; use --engine decoct"
+        )
+    opened = open_model(model)
+    room = choose_context(opened, context)
+    return NetworkEngine(name, opened, open_network(opened, name, context=room, num_seats=num_seats, dtype=dtype))
+
+
+def _llama_cpp(model: Path, context: int | None) -> Engine:
+    if model.suffix != ".gguf":
+        raise ValueError(f"the engine llama.cpp runs .gguf files, not {model}; use --engine decoct")
+    return LlamaCpp(model, context=context or _LLAMA_CONTEXT)
