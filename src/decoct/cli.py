@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from decoct.commands.ask import ask
 from decoct.commands.chat import chat
 from decoct.commands.common import JsonOption, ModelArgument, answer, errors
 from decoct.commands.generate import generate
@@ -231,7 +232,7 @@ def methods(json: JsonOption = False) -> None:
         answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
 
 
-for _command in (generate, chat):
+for _command in (generate, chat, ask):
     app.command()(_command)
 
 _BARE = {False: "w4", True: "sparse50"}  # what a search for bits (or sparsities) takes where no recipe is given

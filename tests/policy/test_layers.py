@@ -19,7 +19,7 @@ LAYERS = (
     {"model"},
     {"methods"},
     {"engine"},
-    {"teachers", "samples"},
+    {"teachers", "samples", "blackbox"},
     {"exporters", "runtime"},
     {"training"},
     {"evaluation"},

@@ -18,18 +18,20 @@ class Lesson:
         tokens: prompt and answer.
         num_prompt: tokens of the prompt, which are read and not taught.
         by_student: whether the student wrote the answer.
+        weight: what its tokens count.
     """
 
     tokens: tuple[int, ...]
     num_prompt: int = 0
     by_student: bool = False
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         assert 0 <= self.num_prompt <= len(self.tokens)
 
     def cut(self, length: int) -> "Lesson":
         """Its first tokens."""
-        return Lesson(self.tokens[:length], min(self.num_prompt, length), self.by_student)
+        return Lesson(self.tokens[:length], min(self.num_prompt, length), self.by_student, self.weight)
 
 
 def collate(lessons: Sequence[Lesson], pad: int = 0) -> tuple[Int[Tensor, "texts length"], Batch]:
@@ -46,4 +48,6 @@ def collate(lessons: Sequence[Lesson], pad: int = 0) -> tuple[Int[Tensor, "texts
     for row, lesson in enumerate(lessons):
         tokens[row, : len(lesson.tokens)] = torch.tensor(lesson.tokens)
         taught[row, lesson.num_prompt : len(lesson.tokens)] = True
-    return tokens, Batch.of(tokens, taught, torch.tensor([lesson.by_student for lesson in lessons]))
+    batch = Batch.of(tokens, taught, torch.tensor([lesson.by_student for lesson in lessons]))
+    weights = batch.weights * torch.tensor([lesson.weight for lesson in lessons])[batch.texts]
+    return tokens, batch.weighing(weights / weights.sum())

@@ -99,7 +99,7 @@ class Mixer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.share, self._last = float(state["share"]), state["last"]
-        self.kept = [Lesson(tuple(each["tokens"]), each["num_prompt"], each["by_student"]) for each in state["kept"]]
+        self.kept = [Lesson(**{**each, "tokens": tuple(each["tokens"])}) for each in state["kept"]]
 
     def _random(self, step: int) -> random.Random:
         return random.Random(self._rule.seed * 1_000_003 + step)  # noqa: S311 - no secrets here

@@ -1,6 +1,7 @@
 """Texts with prompts from a JSON-lines file, as `decoct ask` writes them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from decoct.samples.lesson import Lesson
 
 
 def read_records(path: Path, tokenizer: Any, length: int) -> list[Lesson]:
-    """Lessons from a file of {"prompt": …, "response": …} or {"text": …}, one object a line.
+    """Lessons from a file of {"prompt": …, "response": …} or {"text": …}, one object a line, with a "weight" or not.
 
     Prompts are laid out by the tokenizer's chat template where there is one, else prompt and answer stand on lines of
     their own; answers end with the end-of-text token. Texts that are longer are cut; where nothing of an answer is
@@ -31,8 +32,8 @@ def read_records(path: Path, tokenizer: Any, length: int) -> list[Lesson]:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason})") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            prompt, response = _parse(line, f"{path}:{number}")
-            lesson = _lesson(tokenizer, prompt, response).cut(length)
+            prompt, response, weight = _parse(line, f"{path}:{number}")
+            lesson = replace(_lesson(tokenizer, prompt, response), weight=weight).cut(length)
             if lesson.num_prompt < len(lesson.tokens):
                 found.append(lesson)
     if not found:
@@ -40,20 +41,21 @@ def read_records(path: Path, tokenizer: Any, length: int) -> list[Lesson]:
     return found
 
 
-def check_record(value: Any, where: str) -> tuple[str | None, str]:
-    """Prompt, if any, and answer of one object.
+def check_record(value: Any, where: str) -> tuple[str | None, str, float]:
+    """Prompt, if any, answer and weight of one object.
 
     Raises:
         ValueError: it has other keys, or values that are no text.
     """
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return None, value["text"]
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str) and isinstance(value.get("response"), str):
-        return value["prompt"], value["response"]
+    if isinstance(value, dict) and isinstance(weight := value.get("weight", 1.0), int | float) and weight > 0:
+        if isinstance(value.get("text"), str):
+            return None, value["text"], float(weight)
+        if isinstance(value.get("prompt"), str) and isinstance(value.get("response"), str):
+            return value["prompt"], value["response"], float(weight)
     raise ValueError(f'{where} is not an object with "prompt" and "response", or with "text"')
 
 
-def _parse(line: str, where: str) -> tuple[str | None, str]:
+def _parse(line: str, where: str) -> tuple[str | None, str, float]:
     try:
         return check_record(json.loads(line), where)
     except json.JSONDecodeError as error:
