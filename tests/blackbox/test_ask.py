@@ -188,7 +188,7 @@ def test_the_same_question_twice_is_one_call(tmp_path: Path) -> None:
 
 def test_answers_that_are_not_worth_it_are_left_out_and_counted(tmp_path: Path) -> None:
     texts = {
-        "good": completion("a fine answer"), "long": completion("a fi", "length"), "sorry": completion("I\u2019m sorry"),
+        "good": completion("a fine answer"), "long": completion("a", "length"), "sorry": completion("I\u2019m sorry"),
         "same": completion("SAME"), "empty": completion("  "), "brief": completion("no"),
     }  # fmt: skip
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "asked.jsonl"

@@ -77,13 +77,12 @@ def ask(
         limit = Limit(max_tokens=max_tokens, max_cost=max_cost, price_in=price_in, price_out=price_out)
         server = Server(url, model, os.environ.get(key_from))
         folder = cache or out.with_name(out.name + ".cache")
+        keep = Filter(min_characters=min_characters, refusals=refusals)
         with Asker(server, folder, limit) as asker, Console.for_stderr().counter("asking") as on_progress:
-            if expand is not None:
-                wanted = expand_prompts(asker, wanted, expand)
+            wanted = wanted if expand is None else expand_prompts(asker, wanted, expand)
             found = make_records(
-                asker, task, wanted, out, Filter(min_characters=min_characters, refusals=refusals),
-                answers=answers, parallel=parallel, on_progress=on_progress,
-            )  # fmt: skip
+                asker, task, wanted, out, keep, answers=answers, parallel=parallel, on_progress=on_progress
+            )
         answer(json=json, value=asdict(found), show=lambda console: _show(console, found))
 
 

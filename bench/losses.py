@@ -1,0 +1,88 @@
+"""Peak memory and seconds of a loss on predictions and its gradients: chunk by chunk, and with all logits held.
+
+usage: losses.py [--record results/losses.jsonl] [--rounds 3] [--threads 2]
+Each run is a process of its own; both ways take turns (A B A B). Memory is the highest resident size less that before
+the loss is computed (states, heads and gradients' results are in both).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+CASES = {
+    "49k": {"vocab": 49152, "hidden": 576, "tokens": 2048},
+    "262k": {"vocab": 262144, "hidden": 640, "tokens": 512},
+}
+
+
+def one(way: str, vocab: int, hidden: int, tokens: int, train_head: bool, threads: int) -> dict[str, float]:
+    """Forward KL and its gradients, in this process."""
+    import torch
+
+    from decoct.losses import Batch, ForwardKL, Head, Projected
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    states, teacher = (torch.randn(tokens, hidden) for _ in range(2))
+    matrix = torch.randn(vocab, hidden) * hidden**-0.5
+    states.requires_grad_()
+    matrix.requires_grad_(train_head)
+    batch = Batch.of(torch.randint(vocab, (1, tokens)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    if way == "chunks":
+        loss = ForwardKL()(Projected(states, Head(matrix)), Projected(teacher, Head(matrix.detach())), batch)
+    else:
+        own = torch.log_softmax((states @ matrix.T).float(), -1)
+        with torch.no_grad():
+            wanted = torch.log_softmax((teacher @ matrix.T).float(), -1)
+        terms = torch.nn.functional.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)
+        loss = (terms * batch.weights).sum()
+    loss.backward()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    norms = [float(each.grad.norm()) for each in (states, matrix) if each.grad is not None]
+    return {"loss": float(loss.detach()), "mib": (peak - before) / 1024, "seconds": seconds, "norms": norms}  # type: ignore[dict-item]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, default=Path(__file__).parent / "results" / "losses.jsonl")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(**json.loads(args.one))))
+        return
+    args.record.parent.mkdir(exist_ok=True)
+    for name, case in CASES.items():
+        for train_head in (False, True):
+            for number in range(args.rounds):
+                for way in ("chunks", "all logits"):
+                    given = {**case, "way": way, "train_head": train_head, "threads": args.threads}
+                    done = subprocess.run(
+                        [sys.executable, __file__, "--one", json.dumps(given)],
+                        check=True,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                    )
+                    row = {
+                        "case": name,
+                        **given,
+                        "round": number,
+                        **json.loads(done.stdout),
+                        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    }
+                    with args.record.open("a", encoding="utf-8") as handle:
+                        handle.write(json.dumps(row) + "\n")
+                    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
