@@ -1,13 +1,12 @@
 """Peak memory and seconds of a loss on predictions and its gradients: chunk by chunk, and with all logits held.
 
 usage: losses.py [--record results/losses.jsonl] [--rounds 3] [--threads 2]
-Each run is a process of its own; both ways take turns (A B A B). Memory is the highest resident size less that before
-the loss is computed (states, heads and gradients' results are in both).
+Each run is a process of its own; both ways take turns (A B A B). Memory is the highest resident size while loss and
+gradients are computed, less that before (states, heads, and zeros to add the head's gradient to are in it). Linux.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -33,7 +32,10 @@ def one(way: str, vocab: int, hidden: int, tokens: int, train_head: bool, thread
     states.requires_grad_()
     matrix.requires_grad_(train_head)
     batch = Batch.of(torch.randint(vocab, (1, tokens)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if train_head:
+        matrix.grad = torch.zeros_like(matrix)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size begins anew
+    before = resident("VmRSS")
     started = time.perf_counter()
     if way == "chunks":
         loss = ForwardKL()(Projected(states, Head(matrix)), Projected(teacher, Head(matrix.detach())), batch)
@@ -45,9 +47,15 @@ def one(way: str, vocab: int, hidden: int, tokens: int, train_head: bool, thread
         loss = (terms * batch.weights).sum()
     loss.backward()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resident("VmHWM")
     norms = [float(each.grad.norm()) for each in (states, matrix) if each.grad is not None]
     return {"loss": float(loss.detach()), "mib": (peak - before) / 1024, "seconds": seconds, "norms": norms}  # type: ignore[dict-item]
+
+
+def resident(what: str) -> int:
+    """KiB from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def main() -> None:

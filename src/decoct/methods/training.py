@@ -15,7 +15,12 @@ class TrainingMethod(ModelMethod):
     """Settings of training.
 
     Attributes:
-        teacher: folder or hub id of the model that is imitated; None: the model that the recipe begins with.
+        teacher: folder or hub id of the model that is imitated, or a list of several; None: the model that the recipe
+            begins with.
+        teachers: of several: the weighted `mean` of their probabilities, or for each token the `surest` one.
+        teacher_weights: of several, in the mean; None: all alike.
+        keep_teacher: run the teacher over the text once, keep its so many likeliest tokens on disk, and learn from them
+            (loss `cached_kl`); it is not in memory meanwhile. 0: it runs in every step.
         loss: what is lessened: a loss's name, or {name: {setting: value}}.
         num_tokens: tokens to train on; a text that has fewer is read again in another order.
         num_steps: optimizer steps, instead of `num_tokens`.
@@ -29,8 +34,9 @@ class TrainingMethod(ModelMethod):
         batch_size: sequences that are run together.
         accumulate: such batches in one step.
         sequence_length: tokens in each; None: the recipe's data.sequence_length.
-        data: text to train on: a file, a hub dataset, or `teacher`: it writes the text (arXiv 2305.17888); None: the
-            recipe's data.source, and the teacher's own words where that is `self`.
+        data: text to train on: a file (.jsonl: prompts, which are not taught, and answers), a hub dataset, or
+            `teacher`: it writes the text (arXiv 2305.17888); None: the recipe's data.source, and the teacher's own
+            words where that is `self`.
         train: what is trained. `matrices`: all numbers that the blocks' matrices store, in the form they have; `norms`:
             gains and biases; `ends`: embedding and lm_head; `lora`: a low-rank term beside each matrix, which stays;
             `qa_lora`: a low-rank term that ends in the zero points of quantized matrices.
@@ -43,7 +49,10 @@ class TrainingMethod(ModelMethod):
         seed: of the order of sequences, and of what starts at random.
     """
 
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
+    teachers: Literal["mean", "surest"] = "mean"
+    teacher_weights: tuple[float, ...] | None = None
+    keep_teacher: int = 0
     loss: str | dict[str, Any] = "forward_kl"
     num_tokens: int = 1_000_000
     num_steps: int | None = None
@@ -83,11 +92,20 @@ class TrainingMethod(ModelMethod):
             raise ValueError("evaluate_every, patience, weight_decay and clip must not be negative")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be more than 0, not {self.minutes}")
+        self._check_teachers()
         if not self.train:
             raise ValueError("train is empty: name what to train, such as [matrices, norms]")
         if len({"matrices", "lora", "qa_lora"} & set(self.train)) > 1:
             raise ValueError("train: matrices, lora and qa_lora exclude each other; take one of them")
         self._check_rates()
+
+    def _check_teachers(self) -> None:
+        if self.keep_teacher < 0 or self.teacher == ():
+            raise ValueError("keep_teacher must not be negative, and a list of teachers not empty")
+        if self.teacher_weights is not None:
+            count = len(self.teacher) if isinstance(self.teacher, tuple) else 1
+            if len(self.teacher_weights) != count or min(self.teacher_weights) <= 0:
+                raise ValueError(f"teacher_weights needs {count} positive numbers, one for each teacher")
 
     def _check_rates(self) -> None:
         if not 0 < self.learning_rate < 1:

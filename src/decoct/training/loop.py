@@ -122,9 +122,9 @@ class Trainer:
         self._optimizer.set_rate(method.rate(step, self.progress.total))
         total = 0.0
         for part in range(method.accumulate):
-            tokens = text.batch(step * method.accumulate + part, method.batch_size)
+            tokens, batch = text.batch(step * method.accumulate + part, method.batch_size)
             with self._accelerator.accumulate(self._student):
-                loss = self._loss(tokens)
+                loss = self._loss(tokens, batch)
                 self._accelerator.backward(loss)
                 total += float(loss.detach()) / method.accumulate
                 if self._accelerator.sync_gradients:
@@ -133,11 +133,11 @@ class Trainer:
                 self._adam.zero_grad()
         return total
 
-    def _loss(self, tokens: Int[Tensor, "batch seq"]) -> Tensor:
+    def _loss(self, tokens: Int[Tensor, "batch seq"], batch: Batch) -> Tensor:
         """Mean over tokens."""
         todo = self._todo
         targets = None if todo.teach is None else todo.teach(tokens)
-        return self._student(tokens, todo.objective, targets, Batch.of(tokens))  # type: ignore[no-any-return]
+        return self._student(tokens, todo.objective, targets, batch)  # type: ignore[no-any-return]
 
     def _clip(self) -> None:
         """Bring the gradients to the largest norm that is allowed; refuse those that are no numbers."""
@@ -149,9 +149,10 @@ class Trainer:
     @torch.no_grad()
     def _look(self) -> None:
         """Measure on held-out text; keep the best state, and stop where nothing gets better."""
-        progress, method, rows = self.progress, self._todo.method, self._todo.text.held_out
-        batches = [rows[first : first + method.batch_size] for first in range(0, len(rows), method.batch_size)]
-        loss = sum(float(self._loss(batch)) * len(batch) for batch in batches) / len(rows)
+        progress, method = self.progress, self._todo.method
+        batches = self._todo.text.looks(method.batch_size)
+        losses = [(float(self._loss(tokens, batch)), len(tokens)) for tokens, batch in batches]
+        loss = sum(each * count for each, count in losses) / sum(count for _, count in losses)
         better = loss < progress.best
         progress.looks.append((len(progress.losses), loss))
         progress.stopped = progress.stopped or progress.lost_patience(method.patience)

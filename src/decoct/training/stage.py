@@ -14,10 +14,10 @@ from decoct.engine.write import contents, shard_name, write_shard
 from decoct.methods import name_of
 from decoct.methods.training import TrainingMethod
 from decoct.training.loop import Trainer, Training, read_progress
-from decoct.training.network import Student, Teacher
+from decoct.training.network import Student
 from decoct.training.objective import objective_of
 from decoct.training.plan import numbers_of, plan_training
-from decoct.training.teachers import teacher_of
+from decoct.training.teachers import kept_teacher, teach_of, teachers_of
 from decoct.training.text import TEACHER, read_text, source_of
 from decoct.training.views.choose import vectors_of, views_of
 
@@ -38,7 +38,7 @@ class TrainStage(OwnStage):
     def plan(self, before: Before) -> Plan:
         objective = objective_of(self.method.loss)
         taught = objective.needs_teacher or source_of(self.method, before.data) == TEACHER
-        teachers = [teacher_of(self.method, before.original)] if taught else []
+        teachers = teachers_of(self.method, before.original) if taught else ()
         numbers = numbers_of(before, self.method)
         groups = (Group("all", len(before.model.slots()), numbers.trained, (self.method,)),)
         return replace(plan_training(before, self.method, teachers, numbers, groups), kind=name_of(self.method))
@@ -78,12 +78,16 @@ class TrainStage(OwnStage):
         method, objective = self.method, objective_of(self.method.loss)
         model, dtype = given.model, given.plan.dtype
         writes = source_of(method, given.data) == TEACHER
-        teacher = teacher_of(method, given.original) if objective.needs_teacher or writes else None
-        text = read_text(method, given.data, model, teacher, given.message)
+        teachers = teachers_of(method, given.original) if objective.needs_teacher or writes else ()
+        text = read_text(method, given.data, model, teachers[0] if teachers else None, given.message)
+        teach = None
+        if objective.needs_teacher and method.keep_teacher:
+            teach = kept_teacher(method, teachers, model, dtype, text.all, given.folder)
+        elif objective.needs_teacher:
+            teach = teach_of(method, teachers, model, dtype)
         student = Student(
             model, views_of(model, method), vectors_of(model, method), dtype, recompute=not given.plan.in_memory
         )
-        teach = Teacher(teacher, dtype).targets if teacher is not None and objective.needs_teacher else None
         todo = Training(method, student, teach, objective, text, given.folder, given.on_event, given.message)
         Trainer(todo).run()
         return student

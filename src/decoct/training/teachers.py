@@ -1,28 +1,85 @@
-"""Which model teaches, and whether it can."""
+"""Which models teach, whether they can, and how they become one teacher."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from decoct.engine.data import load_tokenizer
+from decoct.losses import ULD, CachedKL
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model, open_model
+from decoct.teachers import CachedTeacher, OtherTokenizer, Several, Teach, identity, same_tokenizer, write_cache
+from decoct.training.network import Teacher
+from decoct.training.objective import objective_of
+
+CACHE = "teacher"
+"""The folder, in a stage's, where a teacher's likeliest tokens are kept."""
 
 
-def teacher_of(method: TrainingMethod, original: Model) -> Model:
-    """The model that is imitated: the one that the settings name, else the one that the recipe begins with.
+def teachers_of(method: TrainingMethod, original: Model) -> tuple[Model, ...]:
+    """The models that are imitated: those that the settings name, else the one that the recipe begins with.
 
     Raises:
-        ValueError: there is no such model, it is compressed itself and was not named, or reads other tokens.
+        ValueError: there is no such model, it is compressed itself and was not named, or reads other tokens, and the
+            loss is not made for that.
     """
+    losses = [type(loss) for _, loss in objective_of(method.loss).terms]
+    if (CachedKL in losses) != (method.keep_teacher > 0):
+        raise ValueError("the loss cached_kl and the setting keep_teacher (tokens to keep, such as 64) need each other")
     if method.teacher is None:
         if original.described:
             raise ValueError(
                 f"{original.source.label} is compressed already, so it cannot teach itself; name the model that it was "
                 "made from: --set teacher=BASE"
             )
-        return original
-    teacher = open_model(method.teacher)
-    mine, theirs = (model.shape(model.end_slots[-1].name)[0] for model in (original, teacher))
-    if mine != theirs or load_tokenizer(original).get_vocab() != load_tokenizer(teacher).get_vocab():
-        raise ValueError(
-            f"{teacher.source.label} has another tokenizer than {original.source.label}, so their predictions cannot "
-            "be compared; take a teacher of the same family"
-        )
-    return teacher
+        return (original,)
+    names = (method.teacher,) if isinstance(method.teacher, str) else method.teacher
+    found = tuple(open_model(name) for name in names)
+    for teacher in found:
+        if not _reads_alike(original, teacher) and (len(found) > 1 or losses != [ULD]):
+            raise ValueError(
+                f"{teacher.source.label} has another tokenizer than {original.source.label}, so their predictions "
+                "cannot be compared; take a teacher of the same family, or set loss=uld"
+            )
+    return found
+
+
+def teach_of(method: TrainingMethod, teachers: Sequence[Model], student: Model, dtype: torch.dtype) -> Teach:
+    """One teacher, its models unpacked in memory."""
+    if len(teachers) > 1:
+        members = tuple(Teacher(each, dtype).targets for each in teachers)
+        weights = method.teacher_weights or (1.0,) * len(members)
+        return Several(members, None if method.teachers == "surest" else weights)
+    teach = Teacher(teachers[0], dtype).targets
+    if _reads_alike(student, teachers[0]):
+        return teach
+    return OtherTokenizer(teach, load_tokenizer(student), load_tokenizer(teachers[0]))
+
+
+def kept_teacher(
+    method: TrainingMethod,
+    teachers: Sequence[Model],
+    student: Model,
+    dtype: torch.dtype,
+    tokens: Int[Tensor, "sequences length"],
+    folder: Path,
+) -> Teach:
+    """A teacher that ran once over the text, and whose likeliest tokens are read from disk; or goes on doing so.
+
+    Raises:
+        ValueError: the cache is of another text or teacher, or the disk is too full.
+    """
+    who = "|".join([identity(each, dtype) for each in teachers] + [method.teachers, str(method.teacher_weights)])
+    write_cache(folder / CACHE, teach_of(method, teachers, student, dtype), who, tokens, method.keep_teacher)
+    return CachedTeacher(folder / CACHE, who, tokens)
+
+
+def _reads_alike(student: Model, teacher: Model) -> bool:
+    """Whether two models have the same vocabulary and tokenizer."""
+    if student is teacher:
+        return True
+    mine, theirs = (model.shape(model.end_slots[-1].name)[0] for model in (student, teacher))
+    return mine == theirs and same_tokenizer(load_tokenizer(student), load_tokenizer(teacher))
