@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from decoct.engine.data import load_tokenizer
+from decoct.engine.data import Data, load_tokenizer
 from decoct.model import open_model
 from decoct.recipe import RecipeError, build_method
 from decoct.training.text import read_text
@@ -116,7 +116,7 @@ def test_prompts_are_read_and_not_taught(base: Path, tmp_path: Path) -> None:
     method = build_method(
         "distill", {"data": str(path), "sequence_length": 16, "num_steps": 2, "batch_size": 3}, "stage"
     )
-    text = read_text(method, None, open_model(base), None, print)  # type: ignore[arg-type]
+    text = read_text(method, Data(), open_model(base), None, print)
     assert text.counts is not None
     assert len(text.train) == 4
     tokens, batch = text.batch(0, 3)
