@@ -84,7 +84,8 @@ def test_clip_is_what_trying_every_group_in_turn_gives(bits: int, symmetric: boo
             values, span = w[row, at].double(), float(spans.scale[row, group])
             zero = float(2 ** (bits - 1)) if spans.zero is None else float(spans.zero[row, group])
             least = float("inf")
-            for factor in torch.linspace(1.0, 0.5, 21).tolist():
+            factors = torch.linspace(1.0, 0.5, 21).tolist()
+            for factor in [*factors, *(-each for each in factors)] if symmetric else factors:
                 trial = change[row].clone()
                 step = span * factor
                 codes = (w[row, at] / torch.tensor(step)).round().double()  # ties fall as they do in float32

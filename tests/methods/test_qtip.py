@@ -21,11 +21,11 @@ def gram(x: torch.Tensor) -> Gram:
 
 
 def test_less_error_than_gptq_at_two_bits() -> None:
-    w, x = heavy(OUT, IN), correlated(600, IN)
+    w, x = heavy(OUT, IN), gaussian(600, IN)
     ours = QTIP(bits=2).compress(Dense.of(w), gram(x))
     theirs = GPTQ(bits=2, group_size=32).compress(Dense.of(w), gram(x))
     assert ours.bits_per_weight < theirs.bits_per_weight
-    assert output_error(ours.unpack() - w, x) < 0.95 * output_error(theirs.unpack() - w, x)
+    assert output_error(ours.unpack() - w, x) < 0.6 * output_error(theirs.unpack() - w, x)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

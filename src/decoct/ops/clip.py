@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decoct.ops.grid import Grid, dequantize, fit_grid, quantize
+from decoct.ops.grid import Grid, dequantize, fit_grid, quantize, stored_scale
 from decoct.ops.parallel import each_piece
 
 _LEAST, _STEPS = 0.5, 21  # shrink factors tried: 1.00, 0.975, ... 0.50
@@ -21,7 +21,7 @@ def fit_clip(
     symmetric: bool,
     scale_dtype: torch.dtype,
 ) -> Grid:
-    """The grid that rounding to nearest loses least on: group by group, the span shrunk in steps.
+    """The grid that rounding to nearest loses least on: group by group, the span shrunk in steps, signs both ways.
 
     A group's choice counts with its cross terms: with D the change of all weights, shrinking group g changes a row's
     error D·H·Dᵀ by D_g·H_gg·D_gᵀ + 2·D_g·(H·D)_{others}. So the error never grows, from the full spans on.
@@ -52,7 +52,8 @@ def fit_clip(
             others = pull[:, at] - change[:, at] @ block
             trial = _Trial(values[:, at], scale[part, group], None if zero is None else zero[part, group], bits)
             best, loss = change[:, at].clone(), torch.full_like(pull[:, 0], torch.inf)
-            for factor in torch.linspace(1.0, _LEAST, _STEPS).tolist():
+            factors = torch.linspace(1.0, _LEAST, _STEPS).tolist()
+            for factor in [*factors, *(-each for each in factors)] if zero is None else factors:
                 step, middle, moved = trial.at(factor, scale_dtype)
                 cost = torch.addmm(others, moved, block, beta=2.0).mul_(moved).sum(1)
                 better = cost < loss
@@ -79,8 +80,8 @@ class _Trial:
 
     def at(self, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and zero point of each row with the span times `factor`, and the change that rounding makes."""
-        top, limits = 2**self._bits - 1, torch.finfo(dtype)
-        step = (self._span * factor).clamp(min=limits.smallest_normal * limits.eps).to(dtype).float()
+        top = 2**self._bits - 1
+        step = stored_scale(self._span * factor, dtype)
         # Both ends shrink alike, so the zero point moves only by what rounding the scale did.
         middle = self._zero if self._symmetric else (self._zero * factor * self._span / step).round().clamp_(0, top)
         wide, below = step.unsqueeze(1), middle.unsqueeze(1)

@@ -102,7 +102,7 @@ class _Latent(Latent):
             position, start = self.position[part], self.start[part]
             by_position, by_scale = rounding_gradients(g[part], position, self._scale(part), *self._limits(part))
             if self.learn_scale and own_scales:
-                moved = self.factor[part] - _SCALE_RATE * rate * by_scale.sign()
+                moved = self.factor[part] - _SCALE_RATE * rate * (by_scale * self.first[part]).sign()
                 self.factor[part] = moved.clamp_(*_SCALE_RANGE)
             self.position[part] = (position - rate * by_position.sign()).clamp_(start - _HALF, start + _HALF)
 

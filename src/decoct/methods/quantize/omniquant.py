@@ -51,17 +51,18 @@ class OmniQuant(BlockLearning):
 
 
 class _Clipped(Latent):
-    """The logits of which part of a group's extremes its grid covers."""
+    """The logits of which part of a group's extremes its grid covers; a negative scale stays negative."""
 
     def __init__(self, begun: Start, wanted: Float[Tensor, "out in"]) -> None:
         self._begun = begun
+        self._sign = begun.scale.sign()
         self._weights = begun.position(wanted).mul_(begun.scale)
         top, symmetric = 2**begun.weight.bits - 1, begun.weight.symmetric
         over = 2 if begun.scale.shape[0] == begun.weight.shape[0] else (0, 2)
         low, high = self._weights.amin(over, keepdim=True), self._weights.amax(over, keepdim=True)
         tiny = torch.finfo(torch.float32).tiny
         if symmetric:
-            now = {_HIGH: begun.scale * (top / 2)}
+            now = {_HIGH: begun.scale.abs() * (top / 2)}
             extremes = {_HIGH: torch.maximum(high, -low)}
         else:
             now = {_HIGH: begun.scale * (top - begun.zero), _LOW: begun.scale * begun.zero}
@@ -82,7 +83,7 @@ class _Clipped(Latent):
         position = self._weights / scale
         found = grid_gradients(gradient.reshape(position.shape), position, scale, *self._begun.limits(zero))
         ends, bits = self._ends(), self._begun.weight.bits
-        of_ends = span_gradients(found.log_scale / scale, found.zero, ends[_HIGH], ends.get(_LOW), bits)
+        of_ends = span_gradients(found.log_scale / scale.abs(), found.zero, ends[_HIGH], ends.get(_LOW), bits)
         gradients = {}
         for name, of_end in zip((_HIGH, _LOW), of_ends, strict=True):
             if name in ends:
@@ -102,7 +103,7 @@ class _Clipped(Latent):
         """Scale as it would be stored, and zero point."""
         ends = self._ends()
         scale, zero = span_grid(ends[_HIGH], ends.get(_LOW), self._begun.weight.bits)
-        return self._begun.stored(scale), zero
+        return self._begun.stored(scale * self._sign), zero
 
     def _codes(self, scale: Tensor, zero: Tensor) -> Tensor:
         """Counted from zero."""

@@ -72,7 +72,11 @@ class OWQ(LinearMethod):
         if mask is not None:
             values = torch.where(mask, values, 0)
         stored = stored_scale_dtype(w.dtype)
-        kept = weak_columns(values, diagonal, self._grid(values, diagonal, stored), self.keep)
+        # Scales that suit the loudest column would hide how much of its group's room it takes: so plain spans here.
+        spans = fit_grid(
+            values, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=stored
+        )
+        kept = weak_columns(values, diagonal, spans, self.keep)
         elimination = Elimination.of(H, damping=self.damping, act_order=self.act_order, last=kept)
         importance = elimination.pivots().pow(-2)
         grid = self._grid(values.index_fill(1, kept, 0.0), importance, stored)
