@@ -9,6 +9,9 @@ from typing_extensions import override
 
 from decoct.weights import Weight
 
+MOST_DIRECT = 16
+"""Rows of inputs that are multiplied with packed codes; for more, unpacking pays."""
+
 
 class Product(ABC):
     """x·Wᵀ for one weight W [out, in] that stays packed; made once, called for every token.

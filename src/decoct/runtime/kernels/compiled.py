@@ -1,0 +1,97 @@
+"""Products made by the compiled kernels."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import linear
+from typing_extensions import override
+
+from decoct.runtime.kernels.library import FLOATS, LEVELS, TYPES, Layout, Library, Matrix
+from decoct.runtime.kernels.product import MOST_DIRECT, Product
+
+BLOCK = 16
+"""Rows that kernels unpack together."""
+
+_TILE = 1 << 22  # entries that are unpacked at a time for a dense product
+_TYPED = {"scale": "scale_type", "zero": "zero_type", "values": "value_type", "index": "index_type"}
+
+
+class Compiled(Product):
+    """A matrix in one of the kernels' layouts."""
+
+    def __init__(
+        self,
+        library: Library,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        layout: Layout,
+        tensors: Mapping[str, Tensor],
+        settings: Mapping[str, int],
+    ) -> None:
+        """Describe a matrix to the kernels.
+
+        Args:
+            library: where they are.
+            shape: (out, in).
+            dtype: what the matrix was before it was compressed.
+            layout: how the tensors lie.
+            tensors: by the names of Matrix's pointers.
+            settings: Matrix's other fields.
+        """
+        self.shape, self.dtype = shape, dtype
+        self._library = library
+        self._level = LEVELS.index(library.levels[-1])
+        self.kernel = f"{layout.name.lower().replace('_', ' ')} {settings.get('bits', '')}".strip()
+        self._tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
+        self._matrix = Matrix(layout=layout, rows=shape[0], cols=shape[1], **settings)
+        for name, tensor in self._tensors.items():
+            setattr(self._matrix, name, tensor.data_ptr())
+            if name in _TYPED:
+                setattr(self._matrix, _TYPED[name], TYPES[tensor.dtype])
+
+    def at_level(self, name: str) -> "Compiled":
+        """Itself, told to use one of the library's instruction levels: for tests and measurements."""
+        assert name in self._library.levels
+        self._level = LEVELS.index(name)
+        return self
+
+    @override
+    def __call__(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        assert x.device.type == "cpu", "kernels run on the CPU"
+        rows = x.numel() // self.shape[1]
+        if rows > MOST_DIRECT or x.dtype not in FLOATS or (x.requires_grad and torch.is_grad_enabled()):
+            return self._dense(x)
+        out = torch.empty(*x.shape[:-1], self.shape[0], dtype=x.dtype)
+        self._library.multiply(
+            self._matrix, x.reshape(rows, self.shape[1]).contiguous(), out.view(rows, -1), self._level
+        )
+        return out
+
+    @override
+    def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+        return self._blocks(range(-(-self.shape[0] // BLOCK)), dtype or self.dtype)
+
+    @override
+    def rows(self, ids: Int[Tensor, "*n"], dtype: torch.dtype | None = None) -> Float[Tensor, "*n in"]:
+        flat = (ids.flatten() % self.shape[0]).tolist()  # -1 is the last one
+        found = [self._blocks(range(i // BLOCK, i // BLOCK + 1), dtype or self.dtype)[i % BLOCK] for i in flat]
+        empty = torch.empty(0, self.shape[1], dtype=dtype or self.dtype)
+        return (torch.stack(found) if found else empty).reshape(*ids.shape, self.shape[1])
+
+    def _blocks(self, blocks: range, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
+        rows = min(self.shape[0], blocks.stop * BLOCK) - blocks.start * BLOCK
+        out = torch.empty(rows, self.shape[1], dtype=dtype if dtype in FLOATS else torch.float32)
+        self._library.unpack(self._matrix, blocks, out, self._level)
+        return out.to(dtype)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The product with the unpacked matrix, some rows at a time."""
+        step = max(1, _TILE // (self.shape[1] * BLOCK))
+        total = -(-self.shape[0] // BLOCK)
+        tiles = [range(start, min(start + step, total)) for start in range(0, total, step)]
+        if len(tiles) == 1:
+            return linear(x, self._blocks(tiles[0], x.dtype))
+        return torch.cat([linear(x, self._blocks(tile, x.dtype)) for tile in tiles], -1)

@@ -1,0 +1,118 @@
+"""The compiled kernels: found, checked, and called through ctypes, which lets other Python threads run meanwhile."""
+
+import ctypes
+import os
+import warnings
+from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_uint32, c_void_p
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VERSION = 1  # of the functions and of `Matrix`; the library says its own
+NAME = "decoct_kernels"
+WHERE = "DECOCT_KERNELS"
+"""Environment variable: a library somewhere else, or `none` to go without."""
+
+TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.uint8: 3,
+    torch.int16: 4,
+    torch.int32: 5,
+}
+"""What native/matrix.h calls DecoctType. Column numbers in int16 are below 2**15, so unsigned ones are the same."""
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Inputs and outputs of the kernels."""
+
+
+class Layout(IntEnum):
+    """As in native/matrix.h."""
+
+    INTS = 0
+    TABLE = 1
+    MINIFLOAT = 2
+    DENSE = 3
+    ROW_TABLES = 4
+    VECTORS = 5
+    BITMAP = 6
+    INDEXED = 7
+
+
+LEVELS = ("portable", "avx2", "avx512", "neon")
+"""Instruction levels; a later one that the processor has is faster."""
+
+
+class Matrix(Structure):
+    """DecoctMatrix in native/matrix.h, field by field."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("layout", "bits", "exponent", "mantissa", "d", "books")),
+        *((name, c_int32) for name in ("scale_type", "zero_type", "value_type", "index_type")),
+        *((name, c_int64) for name in ("rows", "cols", "groups", "group_size", "stride", "rows_per_table", "count")),
+        *((name, c_void_p) for name in ("codes", "scale", "zero", "values", "index", "starts", "table")),
+    )
+
+
+class Library:
+    """The kernels of this machine.
+
+    Attributes:
+        levels: names of the instruction levels that the processor has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load the library.
+
+        Raises:
+            ValueError: it cannot be loaded, or is of another version.
+        """
+        try:
+            self._functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be loaded ({error}); install decoct again") from error
+        self._functions.decoct_levels.restype = c_uint32
+        found = self._functions.decoct_version()
+        if found != VERSION:
+            raise ValueError(f"{path} has kernels of version {found}, not {VERSION}; install decoct again")
+        present = self._functions.decoct_levels()
+        self.levels = tuple(name for number, name in enumerate(LEVELS) if present >> number & 1)
+        self._multiply = self._functions.decoct_multiply
+        self._multiply.argtypes = [POINTER(Matrix), c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
+        self._multiply.restype = None
+        self._unpack = self._functions.decoct_unpack
+        self._unpack.argtypes = [POINTER(Matrix), c_int64, c_int64, c_int32, c_void_p, c_int32, c_int32]
+        self._unpack.restype = None
+
+    def multiply(self, matrix: Matrix, x: Tensor, out: Tensor, level: int) -> None:
+        """`out` [n, rows] = `x` [n, cols] · matrixᵀ; contiguous, of one of FLOATS."""
+        type_, threads = TYPES[x.dtype], torch.get_num_threads()
+        self._multiply(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level)
+
+    def unpack(self, matrix: Matrix, blocks: range, out: Tensor, level: int) -> None:
+        """Rows of blocks of 16 into `out` [rows, cols], contiguous, of one of FLOATS."""
+        type_, threads = TYPES[out.dtype], torch.get_num_threads()
+        self._unpack(byref(matrix), blocks.start, blocks.stop, type_, out.data_ptr(), threads, level)
+
+
+@cache
+def library() -> Library | None:
+    """The kernels, or None, with a warning once, where decoct was installed without them."""
+    wanted = os.environ.get(WHERE)
+    if wanted == "none":
+        return None
+    if wanted:
+        return Library(Path(wanted))
+    found = sorted(Path(__file__).parents[1].glob(f"{NAME}.*"))
+    if found:
+        return Library(found[0])
+    warnings.warn(
+        "decoct was installed without its compiled kernels, so torch unpacks weights while they are used, which is "
+        "slower; install it again where there is a C++ compiler (GCC 12 or Clang 10 at least)",
+        stacklevel=2,
+    )
+    return None

@@ -1,0 +1,5 @@
+#define DECOCT_LEVEL avx2
+#include "level.h"
+
+const decoct::Level decoct::avx2_level = {
+    decoct::avx2::multiply, decoct::avx2::unpack, decoct::avx2::widen, decoct::avx2::narrow};

@@ -1,0 +1,5 @@
+#define DECOCT_LEVEL avx512
+#include "level.h"
+
+const decoct::Level decoct::avx512_level = {
+    decoct::avx512::multiply, decoct::avx512::unpack, decoct::avx512::widen, decoct::avx512::narrow};

@@ -1,0 +1,119 @@
+// The functions that Python calls: they choose the instruction level, and share blocks of rows among threads.
+#include <algorithm>
+#include <vector>
+
+#include "matrix.h"
+#include "pool.h"
+
+#if defined(_WIN32)
+#define DECOCT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define DECOCT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+using namespace decoct;
+
+constexpr int64_t kWorthAThread = 1 << 15;  // bytes of a matrix that take longer than waking a helper
+constexpr int kShares = 8;                  // pieces for each thread: one that is disturbed takes fewer
+
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3 };
+
+const Level& level_of(int32_t number) {
+#if defined(DECOCT_X86)
+  if (number == AVX512) return avx512_level;
+  if (number == AVX2) return avx2_level;
+#endif
+#if defined(DECOCT_ARM)
+  if (number == NEON) return neon_level;
+#endif
+  (void)number;
+  return portable_level;
+}
+
+int64_t bytes_of_block(const DecoctMatrix& m) {
+  if (m.layout == DECOCT_DENSE) return m.cols * kRows * 2;
+  return std::max<int64_t>(m.cols * kRows * std::max(m.bits, 1) / 8, 1);
+}
+
+// Sums of one input over each group, which zero points are multiplied with.
+void add_groups(const DecoctMatrix& m, const float* x, float* sums) {
+  for (int64_t group = 0; group < m.groups; ++group) {
+    const int64_t first = group * m.group_size, last = m.groups == 1 ? m.cols : first + m.group_size;
+    float parts[8] = {};
+    int64_t i = first;
+    for (; i + 8 <= last; i += 8)
+      for (int k = 0; k < 8; ++k) parts[k] += x[i + k];
+    for (; i < last; ++i) parts[0] += x[i];
+    sums[group] = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+  }
+}
+
+struct Scratch {
+  std::vector<float> x, sums, out;
+};
+
+}  // namespace
+
+// Changes whenever DecoctMatrix or a function below does.
+DECOCT_EXPORT int32_t decoct_version() { return 1; }
+
+// Bit n is set where this processor runs level n: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON.
+DECOCT_EXPORT uint32_t decoct_levels() {
+  uint32_t levels = 1u << PORTABLE;
+#if defined(DECOCT_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    levels |= 1u << AVX2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      levels |= 1u << AVX512;
+  }
+#endif
+#if defined(DECOCT_ARM)
+  levels |= 1u << NEON;
+#endif
+  return levels;
+}
+
+// out [count][rows] = x [count][cols] times the transposed matrix, both of one type.
+DECOCT_EXPORT void decoct_multiply(
+    const DecoctMatrix* matrix, const void* x, int32_t type, int64_t count, void* out, int32_t threads, int32_t number) {
+  const DecoctMatrix& m = *matrix;
+  const Level& level = level_of(number);
+  const int64_t padded = count == 1 ? 1 : rounded_up(count, kMostInputs);
+  const int64_t width = rounded_up(m.cols, kUnit), height = rounded_up(m.rows, kRows);
+  static thread_local Scratch scratch;
+  scratch.x.assign(padded * width, 0.0f);
+  scratch.sums.assign(padded * m.groups, 0.0f);
+  scratch.out.resize(padded * height);
+  float *inputs = scratch.x.data(), *sums = scratch.sums.data(), *products = scratch.out.data();
+  for (int64_t i = 0; i < count; ++i) {
+    level.widen((const char*)x + i * m.cols * (type == DECOCT_F32 ? 4 : 2), type, m.cols, inputs + i * width);
+    if (m.layout == DECOCT_INTS) add_groups(m, inputs + i * width, sums + i * m.groups);
+  }
+  const int64_t blocks = height / kRows, block = bytes_of_block(m);
+  threads = (int32_t)std::min<int64_t>(threads, 1 + blocks * block / kWorthAThread);
+  const int64_t grain = std::max<int64_t>(1, blocks / ((int64_t)std::max(threads, 1) * kShares));
+  Pool::shared().share(blocks, grain, threads, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b)  // a block of codes stays in the cache for all inputs
+      for (int64_t i = 0; i < padded; i += kMostInputs) {
+        const Inputs in{inputs + i * width, sums + i * m.groups, width, m.groups};
+        level.multiply(m, in, padded == 1 ? 1 : kMostInputs, b, b + 1, products + i * height);
+      }
+  });
+  for (int64_t i = 0; i < count; ++i)
+    level.narrow(products + i * height, m.rows, type, (char*)out + i * m.rows * (type == DECOCT_F32 ? 4 : 2));
+}
+
+// Rows of blocks [first, last) of 16, in `type`.
+DECOCT_EXPORT void decoct_unpack(
+    const DecoctMatrix* matrix, int64_t first, int64_t last, int32_t type, void* out, int32_t threads, int32_t number) {
+  const DecoctMatrix& m = *matrix;
+  const Level& level = level_of(number);
+  const int64_t bytes = kRows * m.cols * (type == DECOCT_F32 ? 4 : 2);
+  Pool::shared().share(last - first, 1, threads, [&](int64_t from, int64_t to) {
+    level.unpack(m, first + from, first + to, type, (char*)out + from * bytes);
+  });
+}

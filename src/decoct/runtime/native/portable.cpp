@@ -1,0 +1,6 @@
+#define DECOCT_COMPACT
+#define DECOCT_LEVEL portable
+#include "level.h"
+
+const decoct::Level decoct::portable_level = {
+    decoct::portable::multiply, decoct::portable::unpack, decoct::portable::widen, decoct::portable::narrow};
