@@ -13,6 +13,7 @@ from decoct.version import __version__
 if TYPE_CHECKING:
     from decoct.api import compress, evaluate, export, inspect, load_recipe, plan, plan_search
     from decoct.engine.compress import Watch
+    from decoct.hf import load
     from decoct.methods import METHODS
     from decoct.model import open_model
     from decoct.runtime.sampling import Sampling
@@ -23,6 +24,7 @@ _WHERE = {
     "METHODS": "decoct.methods",
     "Sampling": "decoct.runtime.sampling",
     "generate": "decoct.serving.generate",
+    "load": "decoct.hf",
     "open_model": "decoct.model",
     "Watch": "decoct.engine.compress",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "load",
     "load_recipe",
     "open_model",
     "plan",

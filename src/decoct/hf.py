@@ -5,6 +5,7 @@ Compressed weights stay packed in memory. `make_cache(folder)` makes the key-val
 """
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,22 @@ from decoct.arch import Slot
 from decoct.engine.runner import Runner
 from decoct.methods.policy import read_policy
 from decoct.model import PART, Model, open_model
-from decoct.runtime import BlockCache, PackedEmbedding, PackedExperts, PackedLinear, PackedWeight, places
+from decoct.runtime import (
+    BlockCache,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    PackedWeight,
+    places,
+    run_dense_linears,
+)
 from decoct.runtime.network import Feed
 from decoct.store import FolderSource
 from decoct.store.gguf_source import GgufSource
 from decoct.weights import check_version
+
+_BY_KERNELS: ContextVar[bool] = ContextVar("by_kernels", default=False)
+"""Whether weights that are loaded are rearranged for kernels."""
 
 
 @register_quantization_config("decoct")
@@ -80,7 +92,10 @@ class DecoctQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self._model is not None
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         for name, packed in self._pending.items():
-            packed.fill(self._model.weight(name), device)
+            if _BY_KERNELS.get():
+                packed.run(self._model.weight(name))
+            else:
+                packed.fill(self._model.weight(name), device)
         self._pending = {}
         self._model = None
         return model
@@ -268,6 +283,25 @@ class TransformersNetwork:
         )
         logits: Tensor = out.logits[0, -1].float()
         return logits
+
+
+def load(model: "str | Path | Model", dtype: torch.dtype | None = None) -> Any:
+    """A checkpoint as transformers' own model on the CPU, each of its matrices run by the best kernel there is.
+
+    Compressed weights stay packed, rearranged for the kernels one after the other while the model is loaded.
+    `decoct.runtime.kernels_of` tells which kernel each matrix got. Such a model runs; it cannot be moved or trained.
+
+    Args:
+        model: a folder that decoct wrote, or an opened model.
+        dtype: of hidden states; None: the model's own.
+    """
+    token = _BY_KERNELS.set(True)
+    try:
+        network = load_whole(open_model(model), dtype)
+    finally:
+        _BY_KERNELS.reset(token)
+    run_dense_linears(network)
+    return network
 
 
 def load_whole(model: Model, dtype: torch.dtype | None = None) -> Any:

@@ -1,8 +1,10 @@
 """Every product agrees with the matrix that its weight unpacks to, in float64."""
 
-import subprocess
-import sys
+import os
 import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +31,9 @@ def integers(bits: int, shape: tuple[int, int], group_size: int, form: str, seed
     out, cols = shape
     generator = torch.Generator().manual_seed(seed)
     groups = cols // group_size
-    scale = torch.rand(out, groups, generator=generator).add(0.1).to(torch.bfloat16 if form == "symmetric" else torch.half)
+    scale = (
+        torch.rand(out, groups, generator=generator).add(0.1).to(torch.bfloat16 if form == "symmetric" else torch.half)
+    )
     zero = None
     if form == "integer":
         zero = torch.randint(2**bits, (out, groups), generator=generator, dtype=torch.uint8)
@@ -78,3 +82,188 @@ def test_integers(bits: int, form: str, level: str) -> None:
             for rows in (1, 3, 9):
                 agrees(product, weight, inputs(rows, shape[1]))
             assert torch.equal(product.unpack(), weight.unpack())
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inputs_of_sixteen_bits(dtype: torch.dtype, level: str) -> None:
+    for weight in (integers(4, (37, 168), 24, "integer"), Dense.of(inputs(37, 168)), Dense.of(inputs(37, 168, dtype))):
+        product = kernels.linear(weight)
+        assert isinstance(product, Compiled)
+        product.at_level(level)
+        for rows in (1, 5):
+            agrees(product, weight, inputs(rows, 168, dtype))
+        assert torch.equal(product.unpack(dtype), weight.unpack(dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", [k for k, w in samples().items() if not w.children() and w.kind != "Shared"])
+def test_other_layouts(kind: str, level: str) -> None:
+    weight = samples()[kind]
+    product = kernels.linear(weight)
+    if not isinstance(product, Compiled):
+        assert product.kernel in {"unpack", "Columns"}
+        return
+    product.at_level(level)
+    for rows in (1, 4, 6):
+        agrees(product, weight, inputs(rows, weight.shape[1]))
+    assert torch.equal(product.unpack(torch.float32), weight.unpack(torch.float32))
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_tables_of_rows(bits: int, level: str) -> None:
+    for shape in SHAPES:
+        generator = torch.Generator().manual_seed(bits)
+        codes = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
+        table = torch.randn(shape[0], 2**bits, 1, generator=generator).half()
+        weight = Codebook.of(codes, table, torch.float32)
+        product = kernels.linear(weight)
+        assert isinstance(product, Compiled)
+        product.at_level(level)
+        agrees(product, weight, inputs(2, shape[1]))
+        assert torch.equal(product.unpack(), weight.unpack())
+
+
+@needs_library
+def test_many_inputs_take_the_dense_product() -> None:
+    weight = integers(4, (64, 256), 64, "symmetric")
+    x = inputs(40, 256)
+    assert torch.allclose(kernels.linear(weight)(x), weight.apply(x), rtol=1e-4, atol=1e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_inputs_that_are_not_finite_spoil_their_own_row_alone(bad: float, level: str) -> None:
+    for weight in (
+        integers(4, (20, 64), 32, "integer"),
+        integers(3, (20, 64), 8, "symmetric"),
+        Dense.of(inputs(20, 64)),
+    ):
+        product = kernels.linear(weight)
+        assert isinstance(product, Compiled)
+        product.at_level(level)
+        x = inputs(3, 64)
+        good = product(x)
+        x[1, 33] = bad
+        spoilt = product(x)
+        assert torch.equal(spoilt[[0, 2]], good[[0, 2]])
+        touched = weight.unpack()[:, 33] != 0
+        assert not torch.isfinite(spoilt[1][touched]).any()
+
+
+@needs_library
+def test_half_precision_overflows_to_infinity_as_torch_does() -> None:
+    product = kernels.linear(Dense.of(torch.full((4, 16), 3000.0)))
+    assert isinstance(product, Compiled)
+    for level in LEVELS:
+        found = product.at_level(level)(torch.full((1, 16), 100.0, dtype=torch.float16))
+        assert torch.equal(found, torch.full((1, 4), torch.inf, dtype=torch.float16))
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+def test_sixteen_bit_numbers_come_back_as_torch_has_them(level: str) -> None:
+    """Every float16 and bfloat16 there is, subnormal ones, infinities and NaN among them."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).reshape(256, 256)
+    for dtype, other in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        weight = Dense.of(every.view(dtype))
+        product = kernels.linear(weight)
+        assert isinstance(product, Compiled)
+        product.at_level(level)
+        for to in (torch.float32, other):
+            assert torch.equal(product.unpack(to).nan_to_num(3.0), weight.unpack(to).nan_to_num(3.0)), (dtype, to)
+
+
+@needs_library
+def test_threads_at_once() -> None:
+    """Callers in many threads get what a single one gets."""
+    weight = integers(4, (512, 1024), 64, "symmetric")
+    product = kernels.linear(weight)
+    wanted = [product(inputs(1, 1024, seed=n)) for n in range(8)]
+    wrong: list[int] = []
+
+    def call(n: int) -> None:
+        wrong.extend(n for _ in range(30) if not torch.equal(product(inputs(1, 1024, seed=n)), wanted[n]))
+
+    callers = [threading.Thread(target=call, args=(n,)) for n in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@needs_library
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    product, x, before = (
+        kernels.linear(integers(3, (512, 1024), 64, "symmetric")),
+        inputs(1, 1024),
+        torch.get_num_threads(),
+    )
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(product(x))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_library
+def test_gradients_of_inputs() -> None:
+    weight = integers(4, (16, 32), 32, "symmetric")
+    x = inputs(2, 32).requires_grad_()
+    kernels.linear(weight)(x).sum().backward()
+    assert torch.allclose(x.grad, weight.unpack().sum(0).expand(2, 32), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def another_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Lets kernels be looked for elsewhere during a test."""
+
+    def look(where: str) -> None:
+        monkeypatch.setenv("DECOCT_KERNELS", where)
+        library.cache_clear()
+
+    yield look
+    library.cache_clear()
+
+
+def test_without_the_library_weights_are_unpacked(another_library: Callable[[str], None]) -> None:
+    another_library("none")
+    assert kernels.linear(integers(4, (16, 32), 32, "symmetric")).kernel == "unpack"
+
+
+@pytest.mark.parametrize("where", ["/nowhere/decoct_kernels.so", __file__])
+def test_a_library_that_is_none_is_refused(where: str, another_library: Callable[[str], None]) -> None:
+    another_library(where)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        kernels.linear(Dense.of(inputs(2, 2)))
+
+
+def test_it_says_once_that_there_are_no_kernels(
+    another_library: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    another_library("")
+    monkeypatch.setattr("decoct.runtime.kernels.library.FOLDER", tmp_path)
+    with pytest.warns(UserWarning, match="without its compiled kernels") as said:
+        first, second = (kernels.linear(Dense.of(inputs(2, 2))) for _ in range(2))
+    assert first.kernel == second.kernel == "unpack"
+    assert len(said) == 1
+
+
+@needs_library
+def test_a_forked_child_multiplies_too() -> None:
+    product, x = kernels.linear(integers(4, (512, 1024), 64, "symmetric")), inputs(1, 1024)
+    wanted = product(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks beside threads: that is the point
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(product(x), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0

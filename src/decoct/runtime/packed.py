@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from decoct.weights import Weight
+from decoct.runtime.kernels import Part, linear
+from decoct.weights import Dense, Weight
 
 
 class PackedWeight(nn.Module):
@@ -17,6 +18,15 @@ class PackedWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._template: Weight | None = None
+
+    def run(self, weight: Weight) -> None:
+        """Let the best kernel there is multiply with a weight; it keeps the tensors as it needs them, on the CPU."""
+        self._template = Part.of(linear(weight))
+
+    @property
+    def kernel(self) -> str | None:
+        """What multiplies, where a kernel was chosen when the weight was loaded."""
+        return self._template.product.describe() if isinstance(self._template, Part) else None
 
     def fill(self, weight: Weight, device: torch.device) -> None:
         """Take a weight's tensors over."""
@@ -27,6 +37,8 @@ class PackedWeight(nn.Module):
     def expression(self) -> Weight:
         """The weight, over the tensors where they are now."""
         assert self._template is not None, "the weight has not been loaded"
+        if isinstance(self._template, Part):
+            return self._template
         return self._template.with_tensors(self._tensors())
 
     @override
@@ -63,6 +75,29 @@ class PackedLinear(nn.Module):
             return nn.functional.linear(x, weight.unpack(x.dtype), self.bias)
         product = weight.apply(x)
         return product if self.bias is None else product + self.bias
+
+
+def run_dense_linears(model: nn.Module) -> None:
+    """Let kernels multiply with uncompressed matrices too; they read them where they are."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                packed = PackedWeight()
+                packed.run(Dense.of(child.weight))
+                setattr(module, name, PackedLinear(packed, child.bias))
+
+
+def kernels_of(model: nn.Module) -> dict[str, str]:
+    """What multiplies with each matrix of a model that `decoct.load` gave, by the module's name.
+
+    "unpack" stands for a weight that no kernel fits: it is unpacked for every call.
+    """
+    found = {
+        name.removesuffix(".packed"): module.kernel
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight)
+    }
+    return {name: kernel for name, kernel in found.items() if kernel is not None}
 
 
 class PackedEmbedding(nn.Module):

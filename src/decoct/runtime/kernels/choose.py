@@ -52,7 +52,7 @@ def linear(weight: Weight) -> Product:
         return Unpacking(weight)
     if isinstance(weight, Masked):
         return _masked(weight)
-    if isinstance(weight, Columns):
+    if isinstance(weight, Columns) and len(weight.index):
         return Gathered(weight, linear(Dense.of(weight.values)))
     if isinstance(weight, _COMPOSED):
         return Composed(weight, {name: linear(child) for name, child in weight.children().items()})

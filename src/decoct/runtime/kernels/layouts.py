@@ -39,7 +39,10 @@ def group_int(library: Library, weight: GroupInt) -> Compiled | None:
 def ternary(library: Library, weight: Ternary) -> Compiled | None:
     """Two bits a value: taking base 3 apart would cost more than the bytes that it saves."""
     table = torch.tensor([-1.0, 0.0, 1.0, 0.0]).repeat(4)
-    rows = [pack_bits(unpack_trits(part, weight.shape[1]) + 1, 2) for part in weight.trits.split(256)]
+    rows = [
+        pack_bits(unpack_trits(part, weight.shape[1]) + 1, 2)
+        for part in weight.trits.split_with_sizes([*[256] * (len(weight.trits) // 256), len(weight.trits) % 256])
+    ]
     codes = torch.cat(rows)
     return _panels(library, weight, Layout.TABLE, codes, weight.scale, None, bits=2, table=table)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 VERSION = 1  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
+FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"
 """Environment variable: a library somewhere else, or `none` to go without."""
 
@@ -107,7 +108,7 @@ def library() -> Library | None:
         return None
     if wanted:
         return Library(Path(wanted))
-    found = sorted(Path(__file__).parents[1].glob(f"{NAME}.*"))
+    found = sorted(FOLDER.glob(f"{NAME}.*"))
     if found:
         return Library(found[0])
     warnings.warn(
