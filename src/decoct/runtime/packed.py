@@ -84,7 +84,7 @@ def run_dense_linears(model: nn.Module) -> None:
             if type(child) is nn.Linear:
                 packed = PackedWeight()
                 packed.run(Dense.of(child.weight))
-                setattr(module, name, PackedLinear(packed, child.bias))
+                module.register_module(name, PackedLinear(packed, child.bias))
 
 
 def kernels_of(model: nn.Module) -> dict[str, str]:

@@ -46,11 +46,9 @@ class Compiled(Product):
         self.kernel = f"{layout.name.lower().replace('_', ' ')} {settings.get('bits', '')}".strip()
         self._tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
-        self._matrix = Matrix(layout=layout, rows=shape[0], cols=shape[1], **settings)
-        for name, tensor in self._tensors.items():
-            setattr(self._matrix, name, tensor.data_ptr())
-            if name in _TYPED:
-                setattr(self._matrix, _TYPED[name], TYPES[tensor.dtype])
+        types = {_TYPED[name]: TYPES[t.dtype] for name, t in self._tensors.items() if name in _TYPED}
+        pointers = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        self._matrix = Matrix(layout=layout, rows=shape[0], cols=shape[1], **settings, **types, **pointers)
 
     def at_level(self, name: str) -> "Compiled":
         """Itself, told to use one of the library's instruction levels: for tests and measurements."""
