@@ -22,6 +22,9 @@ CHEAP = {
     "qtip.state_bits": 8,
     "e2e_qp.num_steps": 1,
     "distill.num_steps": 2,
+    "distill.held_out": 2,
+    "qat.num_steps": 2,
+    "qat.held_out": 2,
     "data.num_sequences": 2,
     "data.sequence_length": 16,
 }
@@ -69,7 +72,7 @@ def test_presets_are_planned(family: str, tmp_path: Path) -> None:
 HEALING = {"heal"}
 """Presets for what is compressed already."""
 
-STRUCTURE = {"depth4", "width20"}
+STRUCTURE = {"depth4", "student-half", "width20"}
 """Presets whose results are plain checkpoints with fewer or smaller matrices."""
 
 

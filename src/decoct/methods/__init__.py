@@ -26,6 +26,7 @@ from decoct.methods.heal.norm_tweaking import NormTweaking
 from decoct.methods.prune.alps import ALPS
 from decoct.methods.prune.angular import Angular
 from decoct.methods.prune.blockpruner import BlockPruner
+from decoct.methods.prune.distilbert import DistilBERT
 from decoct.methods.prune.dsnot import DSnoT
 from decoct.methods.prune.evopress import EvoPress
 from decoct.methods.prune.flap import FLAP
@@ -64,6 +65,7 @@ from decoct.methods.quantize.omniquant_let import OmniQuantLET
 from decoct.methods.quantize.onebit import OneBit
 from decoct.methods.quantize.owq import OWQ
 from decoct.methods.quantize.pb_llm import PBLLM
+from decoct.methods.quantize.qat import QAT
 from decoct.methods.quantize.qtip import QTIP
 from decoct.methods.quantize.rtn import RTN
 from decoct.methods.quantize.smoothquant import SmoothQuant
@@ -106,12 +108,14 @@ METHODS: dict[str, type[AnyMethod]] = {
     "block_ap": BlockAP,
     "e2e_qp": E2EQP,
     "distill": Distill,
+    "qat": QAT,
     "billm": BiLLM,
     "ternary": Ternary,
     "pb_llm": PBLLM,
     "onebit": OneBit,
     "magnitude": Magnitude,
     "wanda": Wanda,
+    "distilbert": DistilBERT,
     "shortgpt": ShortGPT,
     "angular": Angular,
     "sleb": SLEB,

@@ -37,6 +37,7 @@ class TrainingMethod(ModelMethod):
         data: text to train on: a file (.jsonl: prompts, which are not taught, and answers), a hub dataset, or
             `teacher`: it writes the text (arXiv 2305.17888); None: the recipe's data.source, and the teacher's own
             words where that is `self`.
+        on_policy: fraction of the steps that learn from what the student writes itself, going on from the text.
         train: what is trained. `matrices`: all numbers that the blocks' matrices store, in the form they have; `norms`:
             gains and biases; `ends`: embedding and lm_head; `lora`: a low-rank term beside each matrix, which stays;
             `qa_lora`: a low-rank term that ends in the zero points of quantized matrices.
@@ -67,6 +68,7 @@ class TrainingMethod(ModelMethod):
     accumulate: int = 1
     sequence_length: int | None = None
     data: str | None = None
+    on_policy: float = 0.0
     train: tuple[Trained, ...] = ("matrices", "norms")
     rank: int = 16
     evaluate_every: int = 0
@@ -110,8 +112,8 @@ class TrainingMethod(ModelMethod):
     def _check_rates(self) -> None:
         if not 0 < self.learning_rate < 1:
             raise ValueError("learning_rate must lie between 0 and 1: it is relative to the size of a tensor's entries")
-        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1):
-            raise ValueError("warmup and decay are fractions of the steps, between 0 and 1")
+        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and 0 <= self.on_policy <= 1):
+            raise ValueError("warmup, decay and on_policy are fractions of the steps, between 0 and 1")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience needs evaluate_every: how many steps lie between two looks at held-out text")
 

@@ -17,6 +17,7 @@ from decoct.engine.tune import CHECKPOINT
 from decoct.losses import Batch, Targets
 from decoct.methods.training import TrainingMethod
 from decoct.store import open_safetensors, save_safetensors
+from decoct.training.lessons import Lessons
 from decoct.training.network import Student
 from decoct.training.objective import Objective
 from decoct.training.optimizer import Optimizer
@@ -78,6 +79,7 @@ class Trainer:
         self._student, self._adam = self._accelerator.prepare(todo.student, self._optimizer.adam)
         length = todo.text.train.shape[1]
         self.progress = Progress(method.steps(length), todo.text.digest)
+        self._lessons = Lessons(method, todo.text, todo.student)
         self._restore()
         self._saved, self._save_takes = time.perf_counter(), 0.0
 
@@ -118,11 +120,11 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         """Change the parameters once; gives the loss before that."""
-        method, text = self._todo.method, self._todo.text
+        method = self._todo.method
         self._optimizer.set_rate(method.rate(step, self.progress.total))
         total = 0.0
         for part in range(method.accumulate):
-            tokens, batch = text.batch(step * method.accumulate + part, method.batch_size)
+            tokens, batch = self._lessons.batch(step, part, self.progress.total)
             with self._accelerator.accumulate(self._student):
                 loss = self._loss(tokens, batch)
                 self._accelerator.backward(loss)

@@ -12,10 +12,11 @@ from decoct.engine.plan import FIXED, Group, Plan
 from decoct.engine.stages import Before
 from decoct.losses.chunks import AT_ONCE
 from decoct.methods import LinearMethod
+from decoct.methods.quantize.qat import QAT
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model
 from decoct.training.text import TEACHER, length_of, source_of
-from decoct.training.views.choose import is_end, vector_names
+from decoct.training.views.choose import changes_form, is_end, vector_names
 from decoct.weights import QuantizedInput, Shared, described_kinds, tensor_specs
 
 _MARGIN = 1.2  # gradients of many sizes come and go, so more lies scattered than in a streamed pass
@@ -51,8 +52,11 @@ def numbers_of(before: Before, method: TrainingMethod) -> Numbers:
         specs = tensor_specs(description).values()
         reals.setdefault(name, sum(prod(shape) for dtype, shape in specs if dtype.is_floating_point))
     trained = 0
-    for name in model.slots():
-        if method.trains("ends" if is_end(model, name) else "matrices"):
+    for name, slot in model.slots().items():
+        if changes_form(method) and not slot.protected:
+            each = prod(model.shape(name)) + reals.get(name, 0)
+            trained += each if isinstance(method, QAT) else method.rank * sum(model.shape(name))
+        elif method.trains("ends" if is_end(model, name) else "matrices"):
             trained += reals.get(name, prod(model.shape(name)))
     if method.trains("norms"):
         trained += sum(prod(model.shape(name)) for name in vector_names(model))

@@ -6,20 +6,22 @@ from typing import Any
 
 from typing_extensions import override
 
-from decoct.engine.plan import Group, Plan, StepRules
+from decoct.engine.plan import Group, Plan, StepRules, make_plan
+from decoct.engine.rules import Rule
 from decoct.engine.stages import Before, OwnStage, StageRun
 from decoct.engine.stream import Event
 from decoct.engine.tune import CHECKPOINT
 from decoct.engine.write import contents, shard_name, write_shard
 from decoct.methods import name_of
 from decoct.methods.training import TrainingMethod
+from decoct.training.lessons import check_lessons
 from decoct.training.loop import Trainer, Training, read_progress
 from decoct.training.network import Student
 from decoct.training.objective import objective_of
 from decoct.training.plan import numbers_of, plan_training
 from decoct.training.teachers import kept_teacher, teach_of, teachers_of
 from decoct.training.text import TEACHER, read_text, source_of
-from decoct.training.views.choose import vectors_of, views_of
+from decoct.training.views.choose import Becoming, changes_form, vectors_of, views_of
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,24 @@ class TrainStage(OwnStage):
     @override
     def plan(self, before: Before) -> Plan:
         objective = objective_of(self.method.loss)
+        check_lessons(self.method, objective)
         taught = objective.needs_teacher or source_of(self.method, before.data) == TEACHER
         teachers = teachers_of(self.method, before.original) if taught else ()
         numbers = numbers_of(before, self.method)
         groups = (Group("all", len(before.model.slots()), numbers.trained, (self.method,)),)
-        return replace(plan_training(before, self.method, teachers, numbers, groups), kind=name_of(self.method))
+        found = replace(plan_training(before, self.method, teachers, numbers, groups), kind=name_of(self.method))
+        if not self.steps():
+            return found
+        # A pass that rounds to nearest leaves the same form.
+        form = make_plan(before.model, self.steps(), before.data, before.budget, found.dtype, before.passes)
+        return replace(
+            found, steps=form.steps, output_bytes=form.output_bytes, reals=form.reals, described=form.described
+        )
 
     @override
     def steps(self) -> tuple[StepRules, ...]:
+        if changes_form(self.method):
+            return ((Rule(("*",), Becoming(method=self.method)),),)
         return ()
 
     @override

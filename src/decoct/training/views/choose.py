@@ -1,9 +1,20 @@
 """Which view each of a model's tensors gets, given what a recipe trains."""
 
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import override
+
+from decoct.methods import LinearMethod
+from decoct.methods.quantize.qat import QAT
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model
+from decoct.ops.grid import resolve_group_size
+from decoct.training.views.adapter import lora_view, qa_lora_view
+from decoct.training.views.latent import latent_view
 from decoct.training.views.vector import Vector
 from decoct.training.views.view import View
+from decoct.weights import Weight
 
 
 def is_end(model: Model, name: str) -> bool:
@@ -14,10 +25,51 @@ def is_end(model: Model, name: str) -> bool:
 def views_of(model: Model, method: TrainingMethod) -> dict[str, View]:
     """A view of every matrix, by full name; of those that are not trained, one without parameters."""
     found = {}
-    for name in model.slots():
-        trained = method.trains("ends" if is_end(model, name) else "matrices")
-        found[name] = View(model.weight(name), chosen=_everything if trained else _nothing)
+    for name, slot in model.slots().items():
+        if changes_form(method) and not slot.protected:
+            found[name] = other_view(model.weight(name), method, name)
+        else:
+            trained = method.trains("ends" if is_end(model, name) else "matrices")
+            found[name] = View(model.weight(name), chosen=_everything if trained else _nothing)
     return found
+
+
+def changes_form(method: TrainingMethod) -> bool:
+    """Whether the blocks' matrices are stored in another form afterwards."""
+    return isinstance(method, QAT) or method.trains("lora") or method.trains("qa_lora")
+
+
+def other_view(weight: Weight, method: TrainingMethod, name: str) -> View:
+    """The view of a matrix that is stored in another form afterwards.
+
+    Raises:
+        ValueError: a group size that does not divide its columns.
+    """
+    if isinstance(method, QAT):
+        return latent_view(weight, method)
+    view = lora_view if method.trains("lora") else qa_lora_view
+    return view(weight, method.rank, method.seed, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Becoming(LinearMethod):
+    """What training begins with: weights in the form that they will have. For plans.
+
+    Attributes:
+        method: settings of the training.
+    """
+
+    method: TrainingMethod
+
+    @override
+    def compress(self, weight: Weight, stat: Any) -> Weight:
+        return other_view(weight, self.method, "").weight()
+
+    @override
+    def check(self, shape: tuple[int, int]) -> None:
+        """The group size must divide the input features."""
+        if isinstance(self.method, QAT):
+            resolve_group_size(self.method.group_size, shape[1])
 
 
 def _everything(_: str) -> bool:

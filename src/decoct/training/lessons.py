@@ -1,0 +1,76 @@
+"""What each step learns from: the text, or what the student writes itself (GKD, arXiv 2306.13649)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from decoct.losses import Batch, MiniLLM
+from decoct.methods.training import TrainingMethod
+from decoct.samples import Mixer, Mixing, Source, Writing, collate, write, writer_of
+from decoct.training.network import Student
+from decoct.training.objective import Objective
+from decoct.training.text import Text
+
+_PROMPT = 0.25  # of a sequence of the text: what the student goes on from
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """Batches, one after another; which they are depends on the seed, the step and the student alone.
+
+    Attributes:
+        method: settings.
+        text: to learn from, and to go on from.
+        student: who writes.
+    """
+
+    method: TrainingMethod
+    text: Text
+    student: Student
+
+    def batch(self, step: int, part: int, total: int) -> tuple[Int[Tensor, "batch seq"], Batch]:
+        """The batch of a step, counted from 0, of `total`; `part` numbers the batches that make up a step."""
+        method = self.method
+        number = step * method.accumulate + part
+        tokens, batch = self.text.batch(number, method.batch_size)
+        mixer = Mixer(Mixing(share=method.on_policy, seed=method.seed))
+        if mixer.choose(step, total) is Source.TEXTS:
+            return tokens, batch
+        begin = max(1, int(_PROMPT * tokens.shape[1]))
+        rule = Writing(num_tokens=tokens.shape[1] - begin, by_student=True)
+        writer = writer_of(self.student.model, unpacked(self.student))
+        seed = method.seed * 1_000_003 + number
+        return collate(write([(writer, 1.0)], tokens[:, :begin].tolist(), rule, seed))
+
+
+def check_lessons(method: TrainingMethod, objective: Objective) -> None:
+    """Refuse losses that learn from other texts than they would get.
+
+    Raises:
+        ValueError: MiniLLM's, without texts of the student alone; a teacher that was kept on disk, with them.
+    """
+    if method.on_policy and method.keep_teacher:
+        raise ValueError("keep_teacher knows the text alone, not what the student writes; set on_policy: 0")
+    for _, loss in objective.terms:
+        if isinstance(loss, MiniLLM) and (method.on_policy < 1 or loss.teacher_share > 0):
+            raise ValueError(
+                "minillm learns from texts that the student writes alone; set on_policy: 1.0 and "
+                "loss: {minillm: {teacher_share: 0}}"
+            )
+
+
+@torch.no_grad()
+def unpacked(student: Student) -> dict[str, Tensor]:
+    """Every tensor of the student as it is now, float32, as its checkpoint lays them out."""
+    model = student.model
+    found = {}
+    for name, slot in model.slots().items():
+        matrix = student.views[name](torch.float32)
+        found[name] = matrix.T if slot.transposed else matrix
+    for block in (*range(model.num_blocks), None):
+        for name in model.others(block):
+            trained = student.vectors.get(name)
+            found[name] = model.tensor(name).float() if trained is None else trained(torch.float32)
+    return found
