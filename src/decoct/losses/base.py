@@ -231,7 +231,8 @@ def summed(
         """Through the softmax: h - softmax · (sum of h)."""
         own = student.columns(part)
         h = held if len(parts) == 1 and held is not None else terms(teacher.columns(part), own)[1]
-        return (h - own.exp().mul_(total)).mul_(factor)
+        found = own.exp().mul_(-total).add_(h)
+        return found if factor == 1.0 else found.mul_(factor)
 
     return torch.stack(losses).sum(0) * factor, slope
 

@@ -35,7 +35,9 @@ class Head:
         found = hidden.to(self.matrix.dtype) @ self.matrix[part].T
         if self.bias is not None:
             found = found + self.bias[part]
-        found = exact(found).mul_(self.scale)
+        found = exact(found)
+        if self.scale != 1.0:
+            found.mul_(self.scale)
         return found if self.softcap is None else found.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def slope(self, slope: Float[Tensor, "tokens part"], logits: Float[Tensor, "tokens part"]) -> Tensor:

@@ -15,4 +15,4 @@ class ForwardKL(Divergence):
     @override
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         p = teacher.exp()
-        return p * (teacher - student), -p
+        return (teacher - student).mul_(p), p.neg_()

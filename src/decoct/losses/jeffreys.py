@@ -16,4 +16,5 @@ class Jeffreys(Divergence):
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         p, q = teacher.exp(), student.exp()
         apart = student - teacher
-        return (q - p) * apart, q * apart + q - p
+        term = (q - p).mul_(apart)
+        return term, apart.add_(1.0).mul_(q).sub_(p)

@@ -15,5 +15,5 @@ class ReverseKL(Divergence):
     @override
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         q = student.exp()
-        term = q * (student - teacher)
-        return term, term + q
+        term = (student - teacher).mul_(q)
+        return term, q.add_(term)
