@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from decoct.engine.data import Data, load_tokenizer
 from decoct.model import open_model
 from decoct.recipe import RecipeError, build_method
+from decoct.training.lessons import Lessons
 from decoct.training.text import read_text
 from tests.engine.running import RTN, make_base, run
 from tests.tiny import make_model
@@ -124,3 +126,8 @@ def test_prompts_are_read_and_not_taught(base: Path, tmp_path: Path) -> None:
     assert float(batch.weights.sum()) == pytest.approx(1.0)
     assert sorted(set(text.counts[text.counts > 0].tolist())) == [1.0, 3.0]
     assert trained(base, tmp_path / "out", data=str(path), loss="cross_entropy").exists()
+    (prompts, what) = text.batch(0, 3)
+    student = SimpleNamespace(model=open_model(base))
+    found = Lessons(method, text, student)._prompts(prompts, what)  # type: ignore[arg-type]
+    assert found == [tokens[0, :3].tolist()] * 3, "BOS, the prompt's letter, the line's end"
+    assert trained(base, tmp_path / "own", data=str(path), on_policy=1.0, num_steps=1).exists()

@@ -38,11 +38,23 @@ class Lessons:
         mixer = Mixer(Mixing(share=method.on_policy, seed=method.seed))
         if mixer.choose(step, total) is Source.TEXTS:
             return tokens, batch
-        begin = max(1, int(_PROMPT * tokens.shape[1]))
-        rule = Writing(num_tokens=tokens.shape[1] - begin, by_student=True)
+        prompts = self._prompts(tokens, batch)
+        end = self.student.model.config.get("eos_token_id") if self.text.counts is not None else None
+        rule = Writing(
+            num_tokens=max(1, tokens.shape[1] - max(map(len, prompts))),
+            end=end if isinstance(end, int) else None,
+            by_student=True,
+        )
         writer = writer_of(self.student.model, unpacked(self.student))
         seed = method.seed * 1_000_003 + number
-        return collate(write([(writer, 1.0)], tokens[:, :begin].tolist(), rule, seed))
+        return collate(write([(writer, 1.0)], prompts, rule, seed))
+
+    def _prompts(self, tokens: Int[Tensor, "batch seq"], batch: Batch) -> list[list[int]]:
+        """What the student goes on from: the prompts, or the first part of each sequence of a plain text."""
+        if self.text.counts is None:
+            return tokens[:, : max(1, int(_PROMPT * tokens.shape[1]))].tolist()
+        first = (batch.weights.reshape(tokens.shape) > 0).int().argmax(1)  # this row is about the first taught token
+        return [row[: begin + 1] for row, begin in zip(tokens.tolist(), first.tolist(), strict=True)]
 
 
 def check_lessons(method: TrainingMethod, objective: Objective) -> None:
