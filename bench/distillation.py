@@ -23,7 +23,14 @@ def grid(bits: int) -> dict[str, Any]:
 
 def training(tokens: int = TOKENS, **more: Any) -> dict[str, Any]:
     """Settings of every row that trains; what differs is in its name."""
-    return {"num_tokens": tokens, "batch_size": 4, "sequence_length": 512, "evaluate_every": 25, "recompute": True, **more}
+    return {
+        "num_tokens": tokens,
+        "batch_size": 4,
+        "sequence_length": 512,
+        "evaluate_every": 25,
+        "recompute": True,
+        **more,
+    }
 
 
 def distill(**more: Any) -> Stages:
