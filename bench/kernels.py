@@ -1,8 +1,11 @@
 """Microseconds of products of one token with a packed 2048 x 5632 matrix, beside torch's bf16 product and a plain read.
 
-python bench/kernels.py >> bench/results/kernels.jsonl
+On one thread the processor's time is measured too: it says what a kernel takes where other work takes turns with it.
+
+python bench/kernels.py --threads 1 >> bench/results/kernels.jsonl
 """
 
+import argparse
 import json
 import os
 import platform
@@ -63,12 +66,17 @@ def weights() -> dict[str, Callable[[], Weight]]:
     }
 
 
-def seconds(calls: list[Callable[[], object]]) -> float:
+def seconds(calls: list[Callable[[], object]], clock: Callable[[], float] = time.perf_counter) -> float:
     """Of one call, over all of them once."""
-    start = time.perf_counter()
+    start = clock()
     for call in calls:
         call()
-    return (time.perf_counter() - start) / len(calls)
+    return (clock() - start) / len(calls)
+
+
+def processor_seconds(calls: list[Callable[[], object]]) -> float:
+    """The least of this thread's own time that one call took."""
+    return min(seconds(calls, time.thread_time) for _ in range(ROUNDS))
 
 
 def read_bandwidth() -> float:
@@ -85,13 +93,16 @@ def several(weight: Weight, x: torch.Tensor) -> tuple[str, int, list[Callable[[]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    torch.set_num_threads(parser.parse_args().threads)
     x = torch.randn(1, IN).bfloat16()
     dense = [torch.randn(OUT, IN).bfloat16() for _ in range(3)]
     base = [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]
     found = library()
     about = {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": platform.processor() or platform.machine(),
+        "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "level": found.levels[-1] if found else "none",
     }
@@ -119,6 +130,9 @@ def main() -> None:
             "best_read_gigabytes_per_second": round(max(speeds), 2),
             "load_average": round(max(loads), 1),
         }
+        if torch.get_num_threads() == 1:
+            line["processor_microseconds"] = round(processor_seconds(calls) * 1e6, 1)
+            line["bf16_processor_microseconds"] = round(processor_seconds(base) * 1e6, 1)
         print(json.dumps(line), flush=True)
 
 

@@ -88,7 +88,8 @@ __attribute__((noinline)) void fill_bitmap(const DecoctMatrix& m, int64_t row, f
   for (int64_t column = 0; column < m.cols; column += 16) {
     uint32_t mask = bitmap[column / 8];
     if (column + 8 < m.cols) mask |= (uint32_t)bitmap[column / 8 + 1] << 8;
-    const Floats values = load_some(m.values, at, m.value_type, m.count - at);
+    const Floats values = m.count - at >= 16 ? load_numbers(m.values, at, m.value_type)
+                                             : load_some(m.values, at, m.value_type, m.count - at);
 #if defined(__AVX512F__)
     store(out + column, (Floats)_mm512_maskz_expand_ps((__mmask16)mask, (__m512)values));
 #else
@@ -118,7 +119,8 @@ DECOCT_INLINE Words sixteen_codes(const DecoctMatrix& m, int64_t byte) {
                         0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
   const uint64_t word = eight_codes(m, byte);  // eight codes take BITS bytes
   const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 8 * BITS);
-  const Words words = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
+  const Words first = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0, 0, 0, 0, 0, 0, 0, 0};
+  const Words words = ((Words{} + low) & first) | ((Words{} + high) & ~first);
   return words >> shifts;
 }
 
@@ -130,6 +132,7 @@ void fill_from_table(const DecoctMatrix& m, int64_t row, float* out) {
 }
 
 DECOCT_INLINE uint32_t code_at(const DecoctMatrix& m, int64_t start, int64_t index) {
+  if (m.bits == 8) return ((const uint8_t*)m.codes)[start + index];
   const int64_t bit = index * m.bits;
   return (uint32_t)(eight_codes(m, start + bit / 8) >> bit % 8) & ((1u << m.bits) - 1);
 }
