@@ -11,6 +11,7 @@ from decoct.commands.ask import ask
 from decoct.commands.chat import chat
 from decoct.commands.common import JsonOption, ModelArgument, answer, errors
 from decoct.commands.generate import generate
+from decoct.commands.serve import serve
 from decoct.console import Console
 from decoct.version import __version__
 
@@ -232,7 +233,7 @@ def methods(json: JsonOption = False) -> None:
         answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
 
 
-for _command in (generate, chat, ask):
+for _command in (generate, chat, serve, ask):
     app.command()(_command)
 
 _BARE = {False: "w4", True: "sparse50"}  # what a search for bits (or sparsities) takes where no recipe is given

@@ -17,6 +17,7 @@ class Text:
 
     Attributes:
         ends: ids of the tokens that end an answer.
+        vocabulary: ids that the model knows are smaller than this.
     """
 
     def __init__(self, model: Model) -> None:
@@ -27,6 +28,7 @@ class Text:
         """
         self._tokenizer: Any = load_tokenizer(model)
         self._label = model.source.label
+        self.vocabulary = int(model.config["vocab_size"])
         self.ends = _ends(model, self._tokenizer.eos_token_id)
 
     @property
