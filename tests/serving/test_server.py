@@ -41,7 +41,7 @@ class Running:
 
     def __init__(self, server: Server) -> None:
         self.server, self.address = server, server.address
-        self.client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=300)
         self.thread = threading.Thread(target=server.run)
         self.thread.start()
         while self.get("/health")[0] != 200:
@@ -65,7 +65,7 @@ class Running:
 
     def connect(self) -> socket.socket:
         where = urlsplit(self.address)
-        return socket.create_connection((where.hostname or "", where.port or 0), timeout=60)
+        return socket.create_connection((where.hostname or "", where.port or 0), timeout=300)
 
     def metric(self, name: str) -> float:
         lines = self.get("/metrics")[1].splitlines()

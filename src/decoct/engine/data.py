@@ -180,7 +180,7 @@ def self_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
     path = _cache_folder() / f"self-{_self_key(data, model)}.safetensors"
     if path.exists():
         return open_safetensors(path).read("tokens")
-    network = dense_model(model.config, model.family, _dense_tensors(model))
+    network = dense_model(model.config, model.family, dense_tensors(model))
     bos = model.config.get("bos_token_id")
     batches = []
     generator = torch.Generator().manual_seed(data.seed)
@@ -220,7 +220,7 @@ def _self_key(data: Data, model: Model) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _dense_tensors(model: Model) -> dict[str, Tensor]:
+def dense_tensors(model: Model) -> dict[str, Tensor]:
     """The whole model, unpacked, as the checkpoint lays it out."""
     found = {}
     for name, slot in model.slots().items():
