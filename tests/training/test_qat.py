@@ -9,9 +9,10 @@ import torch
 import decoct
 from decoct.methods.quantize.qat import QAT
 from decoct.model import open_model
+from decoct.ops.grid import fit_grid, quantize
 from decoct.recipe import RecipeError, build_method
 from decoct.training.views.latent import latent_view
-from decoct.weights import Weight, describe
+from decoct.weights import GroupInt, Weight, describe
 from tests.engine.running import GPTQ, WANDA, Crash, Settings, digests, run, whole
 from tests.training.test_distill import stop_after
 from tests.weights.samples import samples
@@ -46,6 +47,22 @@ def test_what_training_sees_is_what_is_stored(name: str, form: str) -> None:
     again = latent_view(back, QAT(bits=2, group_size="channel")).weight()
     assert describe(again) == describe(back)
     torch.testing.assert_close(again.unpack(torch.float32), back.unpack(torch.float32), rtol=1e-3, atol=atol)
+
+
+def test_negative_scales_stay_and_learn() -> None:
+    w = torch.randn(6, 16, generator=torch.Generator().manual_seed(3)).abs()  # reaches further above zero
+    grid = fit_grid(w, bits=2, group_size=8, scale_dtype=torch.bfloat16, search=True)
+    weight = GroupInt.of(quantize(w, grid), grid, torch.float32)
+    assert bool((grid.scale < 0).any())
+    view = latent_view(weight, QAT(bits=2, group_size=8))
+    torch.testing.assert_close(view(torch.float32).detach(), weight.unpack(), rtol=0, atol=0)
+    torch.testing.assert_close(view.weight().unpack(), weight.unpack(), rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter, unit in view.units():
+            parameter.add_(0.1 * unit)
+    view(torch.float32).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter, _ in view.units())
+    torch.testing.assert_close(view.weight().unpack(), view(torch.float32).detach(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMS)

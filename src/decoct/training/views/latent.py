@@ -46,15 +46,20 @@ class LevelsLeaf(Leaf):
     def __init__(
         self, latent: Float[Tensor, "out in"], step: Float[Tensor, "out groups"], levels: Levels, dtype: torch.dtype
     ) -> None:
-        """Begin with these; `step` is in the dtype that it is stored in, `dtype` is that of the matrix."""
+        """Begin with these; `step` is in the dtype that it is stored in, `dtype` is that of the matrix.
+
+        A negative step (see `ops/grid.py`) keeps its sign; its size is learned.
+        """
         super().__init__()
         self._levels, self._dtype, self._stored = levels, dtype, step.dtype
-        self.latent, self.step = nn.Parameter(latent.float().clone()), nn.Parameter(step.float())
+        self._sign = None if bool((step > 0).all()) else step.float().sign()
+        self.latent, self.step = nn.Parameter(latent.float().clone()), nn.Parameter(step.float().abs())
 
     @override
     def matrix(self) -> Float[Tensor, "out in"]:
         levels = self._levels
-        return round_to_levels(self.latent, self._steps(), levels.zero, levels.count, wide=levels.wide)
+        turned = self._turned(self.latent)
+        return self._turned(round_to_levels(turned, self._steps(), levels.zero, levels.count, wide=levels.wide))
 
     @override
     def units(self) -> dict[str, float]:
@@ -64,8 +69,8 @@ class LevelsLeaf(Leaf):
     @torch.no_grad()
     def weight(self) -> Weight:
         levels, step = self._levels, self._steps()
-        codes = level_codes(self.latent, step, levels.zero, levels.count)
-        stored = step.to(self._stored)
+        codes = level_codes(self._turned(self.latent), step, levels.zero, levels.count)
+        stored = (step if self._sign is None else step * self._sign).to(self._stored)
         if levels.count == 2:
             return Binary.of(Plane(codes > 0, stored / 2), levels.group_size, self._dtype)
         if levels.count == 3:
@@ -74,8 +79,12 @@ class LevelsLeaf(Leaf):
         bits = (levels.count - 1).bit_length()
         return GroupInt.of(codes, Grid(stored, zero, bits, levels.group_size), self._dtype)
 
+    def _turned(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """With the other sign where the step is negative."""
+        return matrix if self._sign is None else matrix * self._sign.repeat_interleave(self._levels.group_size, 1)
+
     def _steps(self) -> Tensor:
-        """As they would be stored: positive, rounded."""
+        """Their sizes as they would be stored: positive, rounded."""
         least = torch.finfo(self._stored).smallest_normal * 2  # a binary weight stores half of it
         return rounded(self.step.clamp(min=least), self._stored)
 
