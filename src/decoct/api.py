@@ -17,7 +17,7 @@ from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.engine.summary import Result
 from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
-from decoct.exporters import check_expected, check_format, export_model
+from decoct.exporters import ExportReport, check_expected, check_format, export_model, is_finished, place
 from decoct.methods import METHODS
 from decoct.methods.policy import read_policy
 from decoct.model import Model, open_model
@@ -232,18 +232,11 @@ def compress(
             partial.write_text(recipe_text(parsed, about), encoding="utf-8")
     missing = list(parsed.export)
     if not fresh and is_result_of(folder, job):
-        missing = [form for form in missing if not (folder / form / "config.json").exists()]
+        missing = [form for form in missing if not is_finished(place(folder, form))]
     with planning_as_at(loaded):
         result = compress_job(job, watch or Watch())
     for form in missing:
-        shutil.rmtree(folder / form, ignore_errors=True)
-        try:
-            export_model(open_model(folder), form, folder / form)
-        except ValueError as error:
-            raise ValueError(
-                f"{folder} is finished, but not its export: {error}; leave `export` out of the recipe, and see "
-                f"`decoct export {folder} --to {form} --help`"
-            ) from error
+        _export_result(folder, form)
     return result
 
 
@@ -289,14 +282,26 @@ def evaluate(
     )
 
 
-def export(model: str | Path | Model, to: str, out: str | Path, *, fold: bool = False) -> None:
-    """Write a model in another engine's format.
+def export(
+    model: str | Path | Model, to: str, out: str | Path, *, fold: bool = False, load: bool = True
+) -> ExportReport:
+    """Write a model in another engine's format, and see whether that engine reads it as decoct does.
+
+    Args:
+        model: folder, .gguf file, hub id, or an opened model.
+        to: a format, perhaps with a variant: "compressed_tensors", "gguf:q4_k_m".
+        out: its folder, or file.
+        fold: write as dense, or round again, what the format cannot hold.
+        load: try the result in the engine that it is for, where that is installed.
+
+    Returns:
+        What was checked; `ok` is False where something differs.
 
     Raises:
         ValueError: see `export_model`.
     """
     _check_format(to)
-    export_model(open_model(model), to, Path(out), fold=fold)
+    return export_model(open_model(model), to, Path(out), fold=fold, load=load)
 
 
 def list_methods() -> tuple[MethodInfo, ...]:
@@ -309,6 +314,21 @@ def list_methods() -> tuple[MethodInfo, ...]:
         settings = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
         found.append(MethodInfo(name, about, settings))
     return tuple(found)
+
+
+def _export_result(folder: Path, form: str) -> None:
+    """A recipe's export, beside its result."""
+    out = place(folder, form)
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.unlink(missing_ok=True)
+    see = f"leave `export` out of the recipe, and see `decoct export {folder} --to {form} --help`"
+    try:
+        report = export_model(open_model(folder), form, out)
+    except ValueError as error:
+        raise ValueError(f"{folder} is finished, but not its export: {error}; {see}") from error
+    if not report.ok:
+        raise ValueError(f"{folder} is finished, but its export {out.name} differs: {report.failed}; {see}")
 
 
 def _accept(export: Sequence[str]) -> Callable[[Model], None]:

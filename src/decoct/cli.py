@@ -206,20 +206,26 @@ def evaluate(
 @app.command()
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option("--to", help="compressed_tensors (transformers, vLLM) or dense.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the export.")],
-    fold: Annotated[bool, typer.Option("--fold", help="Write uncompressed what the format cannot express.")] = False,
+    to: Annotated[
+        str, typer.Option("--to", help="compressed_tensors, dense, gguf, gguf:q4_k_m and more (guide/exports.md).")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder or file for the export.")],
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Write uncompressed, or round again, what the format cannot hold.")
+    ] = False,
+    load: Annotated[
+        bool, typer.Option(help="Try the export in the engine that it is for, if that is installed.")
+    ] = True,
     json: JsonOption = False,
 ) -> None:
-    """Write a compressed model in another engine's format."""
+    """Write a compressed model in another engine's format, and check that the engine reads it as decoct does."""
     import decoct
 
     with errors(json=json):
-        decoct.export(model, to, out, fold=fold)
-        found = decoct.inspect(model)
-        nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        value = {"folder": str(out), "format": to, "nbytes": nbytes, "model": found.model}
-        answer(json=json, value=value, show=lambda console: console.line(f"wrote {out} ({to})"))
+        found = decoct.export(model, to, out, fold=fold, load=load)
+        answer(json=json, value=found.as_json(), show=lambda console: console.export_report(found))
+        if not found.ok:
+            fail(f"{out} was written, but differs: {found.failed}", 1, json=False)
 
 
 @app.command()

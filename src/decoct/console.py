@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from decoct.engine.stream import Event
     from decoct.engine.summary import Result
     from decoct.evaluation import Measurement
+    from decoct.exporters import ExportReport
     from decoct.methods import AnyMethod
     from decoct.search import Found, SearchPlan
 
@@ -209,6 +210,17 @@ class Console:
             row("keys and values per token", _size(found.cache_token_bytes))
         self._console.print(table)
         self.line(f"{found.protocol}; computed in {found.dtype}; {_duration(found.seconds)}")
+
+    def export_report(self, found: "ExportReport") -> None:
+        """What was written, what was checked, and what the other engine wrote."""
+        self.line(f"wrote {found.path} ({found.format}, {_size(found.nbytes)})")
+        for note in found.notes:
+            self.line(f"  {note}")
+        for check in found.checks:
+            word = {True: "ok", False: "differs", None: "not checked"}[check.ok]
+            self.line(f"  {check.name}: {word}; {check.detail}")
+        if found.text is not None:
+            self.line(f"  it goes on: {found.text!r}")
 
     def methods(self, found: "Sequence[MethodInfo]", presets: dict[str, str]) -> None:
         """`decoct methods`."""

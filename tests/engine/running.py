@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from decoct.engine.compress import Job, Result, Watch, compress_job
 from decoct.model import open_model
@@ -31,11 +31,12 @@ DATA: Settings = {"num_sequences": 4, "sequence_length": 16}
 
 
 def save_tokenizer(folder: Path) -> None:
-    """One token a character: letters, digits and a few marks, after <pad>, <s>, </s>."""
-    tokens = ["<pad>", "<s>", "</s>", *" \n.,", *string.ascii_letters, *string.digits]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))  # noqa: S106 - no password
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
+    """One token a character (and one for 00): letters, digits and a few marks, after <pad>, <s>, </s>."""
+    tokens = ["<pad>", "<s>", "</s>", *"ĠĊ.,", *string.ascii_letters, *string.digits]  # as bytes are spelled: " \n.,"
+    vocabulary = {token: i for i, token in enumerate([*tokens, "00"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[("0", "0")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

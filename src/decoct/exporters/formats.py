@@ -1,0 +1,115 @@
+"""Each format: what it refuses, how it is written, and how the result is tried."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from decoct.exporters import compressed_tensors, dense, gguf
+from decoct.exporters.in_transformers import verify_in_transformers
+from decoct.exporters.report import Check
+from decoct.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One export.
+
+    Attributes:
+        model: what to write.
+        variant: of the format; None: its default.
+        out: file or folder.
+        fold: write as dense, or round again, what the format cannot hold.
+        load: try the result in the engine that it is for.
+        importance: of each input feature, by slot, for types that are fitted.
+    """
+
+    model: Model
+    variant: str | None
+    out: Path
+    fold: bool
+    load: bool
+    importance: dict[str, Tensor] = field(default_factory=dict)
+
+
+Verified = tuple[list[Check], str | None]
+"""What was checked, and what the engine wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """A format.
+
+    Attributes:
+        check: refuses a model (given its variant, and whether to fold) by descriptions alone.
+        write: writes it; gives notes for the user.
+        verify: tries what was written.
+        variants: what may stand after its name and a colon.
+        suffix: of the file; "" where the export is a folder.
+    """
+
+    check: Callable[[Model, str | None, bool], object]
+    write: Callable[[Request], tuple[str, ...]]
+    verify: Callable[[Request], Verified]
+    variants: tuple[str, ...] = ()
+    suffix: str = ""
+
+
+_NOT_LOADED = Check("load", ok=None, detail="left out as asked")
+
+
+def _write_compressed_tensors(request: Request) -> tuple[str, ...]:
+    compressed_tensors.export_compressed_tensors(request.model, request.out, fold=request.fold)
+    return ()
+
+
+def _verify_compressed_tensors(request: Request) -> Verified:
+    if not request.load:
+        return [_NOT_LOADED], None
+    found = [s for s in compressed_tensors.find_schemes(request.model, fold=request.fold).values() if s is not None]
+    unpack = any(not s.symmetric or s.format not in _LOADED_PACKED for s in found)
+    nearly = any(s.inputs is not None for s in found)
+    return verify_in_transformers(request.model, request.out, unpack=unpack, nearly=nearly, unrounded=False)
+
+
+_LOADED_PACKED = ("pack-quantized", "int-quantized", "float-quantized")
+
+
+def _write_dense(request: Request) -> tuple[str, ...]:
+    dense.export_dense(request.model, request.out, fold=request.fold)
+    return ()
+
+
+def _verify_dense(request: Request) -> Verified:
+    if not request.load:
+        return [_NOT_LOADED], None
+    return verify_in_transformers(request.model, request.out, unpack=False, nearly=False, unrounded=True)
+
+
+def _write_gguf(request: Request) -> tuple[str, ...]:
+    plan = gguf.plan_gguf(request.model, request.variant, fold=request.fold)
+    gguf.write_gguf(plan, request.out, request.importance)
+    return plan.notes()
+
+
+def _verify_gguf(request: Request) -> Verified:
+    plan = gguf.plan_gguf(request.model, request.variant, fold=request.fold)
+    return gguf.verify_gguf(plan, request.out, load=request.load)
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "compressed_tensors": Exporter(
+        lambda model, _, fold: compressed_tensors.find_schemes(model, fold=fold),
+        _write_compressed_tensors,
+        _verify_compressed_tensors,
+    ),
+    "dense": Exporter(lambda model, _, fold: dense.check_dense(model, fold=fold), _write_dense, _verify_dense),
+    "gguf": Exporter(
+        lambda model, variant, fold: gguf.plan_gguf(model, variant, fold=fold),
+        _write_gguf,
+        _verify_gguf,
+        tuple(gguf.VARIANTS),
+        ".gguf",
+    ),
+}
