@@ -13,7 +13,7 @@ from decoct.commands.chat import chat
 from decoct.commands.common import JsonOption, ModelArgument, answer, errors
 from decoct.commands.generate import generate
 from decoct.commands.serve import serve
-from decoct.console import Console
+from decoct.console import Console, fail
 from decoct.version import __version__
 
 if TYPE_CHECKING:
