@@ -9,7 +9,7 @@ import yaml
 
 import decoct
 from decoct.engine.compress import Watch, compress_job
-from decoct.exporters import FORMATS, MisfitError, check_expected, export_model
+from decoct.exporters import FORMATS, MisfitError, check_expected, export_model, report_path
 from decoct.model import Model, open_model
 from tests.cli.test_commands import invoke
 from tests.engine.running import Settings, make_base, make_job, run
@@ -68,7 +68,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def what_is_refused(model: Model, form: str, out: Path) -> str | None:
     try:
-        export_model(model, form, out)
+        export_model(model, form, out, load=False)
     except MisfitError as error:
         return error.what
     return None
@@ -157,7 +157,7 @@ def test_a_policy_is_left_out_where_that_is_asked_for(base: Path, tmp_path: Path
         with pytest.raises(ValueError, match="keys and values are kept by kivi; add --fold"):
             decoct.export(out, form, tmp_path / form)
         decoct.export(out, form, tmp_path / form, fold=True)
-        assert (tmp_path / form / "config.json").exists()
+        assert report_path(tmp_path / form).exists()
 
 
 def test_what_an_earlier_run_made_is_looked_at_too(base: Path, tmp_path: Path) -> None:

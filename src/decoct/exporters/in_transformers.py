@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 
@@ -41,7 +42,7 @@ def verify_in_transformers(
 
 
 def load(folder: Path, *, unpack: bool) -> tuple[Any, dict[str, Any]]:
-    """The model in float32, and which tensors were missing or unknown."""
+    """The model in float32 (bfloat16 if it is unpacked), and which tensors were missing or unknown."""
     from transformers import AutoModelForCausalLM
 
     settings: dict[str, Any] = {}
@@ -50,8 +51,10 @@ def load(folder: Path, *, unpack: bool) -> tuple[Any, dict[str, Any]]:
 
         settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     dtype = torch.bfloat16 if unpack else torch.float32
-    network, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings)
-    return network.float().eval(), notes
+    with catch_warnings():  # that settings are given beside those in config.json, which is meant
+        filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+        network, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings)
+    return network.eval(), notes
 
 
 @torch.no_grad()
