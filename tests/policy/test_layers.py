@@ -111,11 +111,10 @@ def test_methods_are_mathematics(path: Path) -> None:
 
 def test_only_one_door_to_transformers_modules() -> None:
     """Configs and tokenizers may be read elsewhere; modules come from arch.hf alone."""
-<<<<<<< HEAD
-    doors = {"arch/hf.py", "hf.py", "engine/data.py", "store/gguf_source.py", "training/loop.py"}
-=======
-    doors = {"arch/hf.py", "hf.py", "exporters/in_transformers.py", "engine/data.py", "store/gguf_source.py"}
->>>>>>> 47b0f2f (GGUF written from our own integers; every export is tried in the engine it is for)
+    doors = {
+        "arch/hf.py", "hf.py", "engine/data.py", "store/gguf_source.py", "training/loop.py",
+        "exporters/in_transformers.py",
+    }  # fmt: skip
     users = {
         path.relative_to(SRC).as_posix()
         for path in FILES
