@@ -285,17 +285,39 @@ def test_llama_3_positions(tmp_path: Path) -> None:
     assert types_of(tmp_path / "m.gguf")["rope_freqs.weight"] == "F32"
 
 
-def test_uneven_blocks_are_as_wide_as_they_are(tmp_path: Path) -> None:
+def test_uneven_blocks_are_as_wide_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Feed-forward lengths block by block, in an array; integers as they were chosen."""
     base = make_base(tmp_path, "llama", **WIDE)
+    monkeypatch.setattr("decoct.engine.uneven.global_share", lambda *_: [96, 32, 64])
     rtn = {"linear": {"match": "mlp.*", "rtn": {"bits": 4, "group_size": 32}}}
-    stages = [{"flap": {"keep": 0.6, "multiple_of": 32, "uneven": True}}, {"blocks": [rtn]}]
+    stages = [{"flap": {"keep": 0.7, "multiple_of": 32, "uneven": True}}, {"blocks": [rtn]}]
     out = run(base, tmp_path / "out", stages=stages).folder
-    report = decoct.export(out, "gguf", tmp_path / "m.gguf")
-    all_ok(report)
+    all_ok(decoct.export(out, "gguf", tmp_path / "m.gguf"))
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
-    widths = [int(n) for n in reader.fields["llama.feed_forward_length"].contents()]
-    assert len(set(widths)) > 1
+    assert reader.fields["deci.feed_forward_length"].contents() == [96, 32, 64]
     shapes = {tensor.name: [int(n) for n in tensor.shape] for tensor in reader.tensors}
-    assert [shapes[f"blk.{i}.ffn_down.weight"][0] for i in range(3)] == widths
+    assert [shapes[f"blk.{i}.ffn_down.weight"] for i in range(3)] == [[96, 64], [32, 64], [64, 64]]
     assert {types_of(tmp_path / "m.gguf")[f"blk.{i}.ffn_up.weight"] for i in range(3)} == {"Q4_0"}
+
+
+def test_widths_between_are_filled_with_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 32 entries have to be whole, so a width of 44 is written as 64."""
+    base = make_base(tmp_path, "llama", **WIDE)
+    monkeypatch.setattr("decoct.engine.uneven.global_share", lambda *_: [44, 64, 84])
+    rtn = {"linear": {"match": ["mlp.gate", "mlp.up"], "rtn": {"bits": 4, "group_size": 32}}}
+    stages = [{"flap": {"keep": 0.7, "multiple_of": 4, "uneven": True}}, {"blocks": [rtn]}]
+    out = run(base, tmp_path / "out", stages=stages).folder
+    all_ok(decoct.export(out, "gguf", tmp_path / "m.gguf"))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.fields["deci.feed_forward_length"].contents() == [64, 64, 96]
+
+
+def test_elsewhere_uneven_blocks_are_written_with_their_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path, "qwen2", **WIDE)
+    monkeypatch.setattr("decoct.engine.uneven.global_share", lambda *_: [96, 32, 64])
+    rtn = {"linear": {"match": "mlp.*", "rtn": {"bits": 4, "group_size": 32}}}
+    stages = [{"flap": {"keep": 0.7, "multiple_of": 32, "uneven": True, "bias": False}}, {"blocks": [rtn]}]
+    out = run(base, tmp_path / "out", stages=stages).folder
+    all_ok(decoct.export(out, "gguf", tmp_path / "m.gguf"))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.fields["qwen2.feed_forward_length"].contents() == 128

@@ -9,7 +9,7 @@ from decoct.exporters.integers import IntegerForm, form_of
 from decoct.exporters.misfit import MisfitError
 from decoct.model import Model
 from decoct.ops.ggml_blocks import BLOCKS
-from decoct.weights import FloatBlock, Padded, QuantizedInput, described_kinds
+from decoct.weights import Dense, FloatBlock, Padded, QuantizedInput, described_kinds
 
 VARIANTS: dict[str, str] = {
     "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1", "q5_0": "Q5_0",
@@ -44,12 +44,13 @@ class Choice:
     instead: str | None = None
 
 
-def choose_types(model: Model, variant: str | None, *, fold: bool) -> dict[str, Choice]:
+def choose_types(model: Model, variant: str | None, widths: list[int] | None, *, fold: bool) -> dict[str, Choice]:
     """Each slot's type by full name; looks at descriptions alone.
 
     Args:
         model: what is to be written, or what a recipe is expected to make.
         variant: one of VARIANTS; None: the smallest types that hold what there is exactly.
+        widths: neurons of each block, where they are written as uneven as they are.
         fold: round again, or write uncompressed, what a type cannot hold; leave out what GGUF cannot say.
 
     Raises:
@@ -59,7 +60,6 @@ def choose_types(model: Model, variant: str | None, *, fold: bool) -> dict[str, 
         (policy,) = model.cache["policy"]
         what = f"GGUF cannot say that keys and values are kept by {policy}"
         raise MisfitError(what, "leave the cache stage out", "add --fold to leave that out")
-    widths = feed_forward_widths(model)
     found = {}
     for name, slot in model.slots().items():
         description = model.described.get(name)
@@ -74,10 +74,10 @@ def choose_types(model: Model, variant: str | None, *, fold: bool) -> dict[str, 
 
 
 def bare(description: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A description without padding around it and without rounding of its inputs."""
+    """A description without padding around it and rounding of its inputs; None: what is left is not compressed."""
     while description is not None and description["kind"] in (Padded.kind, QuantizedInput.kind):
         description = description["inner"]
-    return description
+    return None if description is not None and description["kind"] == Dense.kind else description
 
 
 def feed_forward_widths(model: Model) -> list[int] | None:

@@ -23,6 +23,7 @@ class Architecture:
         name: its name there.
         interleaved: queries and keys are rotated in neighbouring pairs, so their rows are permuted.
         norm_offset: what is added to the gains of norms.
+        uneven: the architecture there that runs the same blocks and lets their widths differ; None: there is none.
         check: refuses configs that llama.cpp would run otherwise.
         more: further keys, after the architecture's name.
     """
@@ -30,6 +31,7 @@ class Architecture:
     name: str
     interleaved: bool = False
     norm_offset: float = 0.0
+    uneven: str | None = None
     check: Callable[[dict[str, Any]], None] = lambda _: None
     more: Callable[[dict[str, Any]], Keys] = lambda _: {}
 
@@ -65,8 +67,8 @@ def _phi3(config: dict[str, Any]) -> Keys:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", interleaved=True),
-    "mistral": Architecture("llama", interleaved=True),
+    "llama": Architecture("llama", interleaved=True, uneven="deci"),
+    "mistral": Architecture("llama", interleaved=True, uneven="deci"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "gemma2": Architecture("gemma2", norm_offset=1.0, check=_check_gemma, more=_gemma2),
@@ -104,7 +106,7 @@ def keys_of(model: Model, architecture: Architecture, widths: list[int] | None) 
     config, head = model.config, model.family.head_size(model.config)
     heads = int(config["num_attention_heads"])
     context, window = int(model.max_length or 2048), config.get("sliding_window")
-    if architecture.name == "llama" and window:  # which llama.cpp knows nothing of here
+    if architecture.interleaved and window:  # which llama.cpp knows nothing of here
         context = min(context, int(window))
     rope = _rope(config, "full_attention")
     keys: Keys = {

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,12 @@ def plan_gguf(model: Model, variant: str | None, *, fold: bool) -> GgufPlan:
         MisfitError: GGUF, or the type asked for, cannot hold something, and `fold` is not set.
     """
     architecture = architecture_of(model)
-    choices = choose_types(model, variant, fold=fold)
+    widths = None if architecture.uneven is None else feed_forward_widths(model)
+    if widths is not None:  # llama.cpp takes the first block's width for all in most architectures, llama among them
+        architecture = replace(architecture, name=str(architecture.uneven))
+    choices = choose_types(model, variant, widths, fold=fold)
     check_vocabulary(model)
-    return GgufPlan(model, architecture, choices, feed_forward_widths(model))
+    return GgufPlan(model, architecture, choices, widths)
 
 
 def write_gguf(plan: GgufPlan, out: Path, importance: dict[str, Tensor]) -> None:
