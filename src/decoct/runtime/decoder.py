@@ -57,7 +57,7 @@ class Block:
         out: the attention's output projection.
         gate_up: the MLP's two first projections.
         down: its last.
-        angles: cosines and sines [context, channels] of the rotary embedding.
+        angles: which of the decoder's rotary embeddings turns its queries and keys.
     """
 
     before: tuple[Norm, Norm]
@@ -67,7 +67,7 @@ class Block:
     out: Linear
     gate_up: Linear
     down: Linear
-    angles: tuple[Tensor, Tensor]
+    angles: int
 
 
 class Decoder:
@@ -106,7 +106,10 @@ class Decoder:
         self._keep = _keep(model, self._form, runner, self)
         load = _Loader(model, self._form, self.dtype)
         self._table = product(model.weight(model.family.embed), self.dtype)
-        self._blocks = [load.block(number, angles[number]) for number in range(model.num_blocks)]
+        kinds = {id(cosines): (cosines, sines) for cosines, sines in angles}
+        order = list(kinds)
+        self._blocks = [load.block(number, order.index(id(angles[number][0]))) for number in range(model.num_blocks)]
+        self._angles = [(cosines, _signed(sines)) for cosines, sines in kinds.values()]
         self._final = load.norm(f"{model.family.base_prefix}norm.weight")
         head = self._table if model.tied else product(model.weight(model.family.head), self.dtype)
         self._head = Linear((head,))
@@ -167,25 +170,26 @@ class Decoder:
         hidden = self._table.rows(tokens, self.dtype)
         if self._form.embed_scale is not None:
             hidden = hidden * torch.tensor(self._form.embed_scale, dtype=self.dtype)
+        turns = [(cosines[positions].unsqueeze(1), sines[positions].unsqueeze(1)) for cosines, sines in self._angles]
         for number, block in enumerate(self._blocks):
-            hidden = hidden + self._attention(number, block, hidden, positions, spans)
+            hidden = hidden + self._attention(number, block, hidden, turns[block.angles], spans)
             hidden = hidden + self._mlp(block, hidden)
         for span in spans:
             self._lengths[span.seat] += span.count
         return hidden
 
     def _attention(
-        self, number: int, block: Block, hidden: Tensor, positions: Tensor, spans: Sequence[Span]
+        self, number: int, block: Block, hidden: Tensor, turn: tuple[Tensor, Tensor], spans: Sequence[Span]
     ) -> Float[Tensor, "tokens hidden"]:
         form = self._form
+        turning = form.heads + form.kv_heads
         mixed = block.qkv(block.before[0](hidden)).view(hidden.shape[0], -1, form.head_size)
-        queries, keys, values = mixed.split_with_sizes([form.heads, form.kv_heads, form.kv_heads], dim=1)
+        both, values = mixed[:, :turning], mixed[:, turning:]
         query_norm, key_norm = block.heads
         if query_norm is not None and key_norm is not None:
-            queries, keys = query_norm(queries), key_norm(keys)
-        cosines, sines = (table[positions].unsqueeze(1) for table in block.angles)
-        queries, keys = _turned(queries, cosines, sines), _turned(keys, cosines, sines)
-        found = block.out(self._keep.attend(number, queries, keys, values, spans))
+            both = torch.cat([query_norm(both[:, : form.heads]), key_norm(both[:, form.heads :])], dim=1)
+        both = both * turn[0] + both.roll(form.head_size // 2, dims=2) * turn[1]
+        found = block.out(self._keep.attend(number, both[:, : form.heads], both[:, form.heads :], values, spans))
         return found if block.after[0] is None else block.after[0](found)
 
     def _mlp(self, block: Block, hidden: Tensor) -> Float[Tensor, "tokens hidden"]:
@@ -201,8 +205,8 @@ class _Loader:
         self._model, self._form, self._dtype = model, form, dtype
         self._roles = {slot.role: slot.name for slot in model.block_slots}
 
-    def block(self, number: int, angles: tuple[Tensor, Tensor]) -> Block:
-        """One block, its weights read now."""
+    def block(self, number: int, angles: int) -> Block:
+        """One block, its weights read now; `angles`: which rotary embedding is its own."""
         prefix = self._model.prefix(number)
         found = {name.removeprefix(prefix) for name in self._model.others(number)}
         second = "pre_feedforward_layernorm.weight"
@@ -254,7 +258,7 @@ def _keep(model: Model, form: Anatomy, runner: Runner, decoder: Decoder) -> Keep
     return StaticKeep(form, windows, decoder.num_seats, decoder.context, decoder.dtype)
 
 
-def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Queries or keys [tokens, heads, channels] turned by their positions."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat((-second, first), dim=-1) * sines
+def _signed(sines: Float[Tensor, "context channels"]) -> Float[Tensor, "context channels"]:
+    """Sines for turning by a roll: channel i takes from channel i + half with a minus, and gives to it with a plus."""
+    first, second = sines.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)

@@ -134,6 +134,13 @@ def attend(
         at = torch.arange(seen - count, seen).unsqueeze(1)
         other = torch.arange(seen)
         mask = other <= at if window is None else (other <= at) & (other > at - window)
+    if form.score_cap is None and count == 1:
+        # The heads that share keys are several queries of one head: torch has no fast path for a single query.
+        grouped = queries.reshape(1, form.kv_heads, -1, queries.shape[2])
+        found = functional.scaled_dot_product_attention(
+            grouped, keys.unsqueeze(0), values.unsqueeze(0), scale=form.scale
+        )
+        return found.reshape(1, -1)
     if form.score_cap is None:
         found = functional.scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0),

@@ -84,7 +84,7 @@ class LlamaCpp:
         last: dict[str, Any] = {}
 
         def take(chunk: dict[str, Any]) -> None:
-            last.update(_checked(chunk))
+            last.update(chunk)  # an error too: an exception would be lost between here and the caller
             for choice in chunk.get("choices", ()):
                 text = choice["delta"].get("content") if "delta" in choice else choice.get("text")
                 if text:
@@ -94,12 +94,12 @@ class LlamaCpp:
                 if choice.get("finish_reason"):
                     last["finish"] = _ENDS.get(choice["finish_reason"], "stop")
 
-        asked = _request(options)
+        asked = _request(options, self.context)
         if isinstance(prompt, str):
-            refused = self._server.handle_completions({**asked, "prompt": prompt}, take)
+            self._server.handle_completions({**asked, "prompt": prompt}, take)
         else:
-            refused = self._server.handle_chat_completions({**asked, "messages": [dict(m) for m in prompt]}, take)
-        _checked(refused or {})
+            self._server.handle_chat_completions({**asked, "messages": [dict(m) for m in prompt]}, take)
+        _checked(last)
         ended = time.monotonic()
         on_piece(which, Piece("", last["finish"]))
         usage = last["usage"]
@@ -113,7 +113,7 @@ class LlamaCpp:
         )
 
 
-def _request(options: Options) -> dict[str, Any]:
+def _request(options: Options, context: int) -> dict[str, Any]:
     """Our options by llama.cpp's names; its own defaults, which filter more, are switched off."""
     sampling = options.sampling
     asked: dict[str, Any] = {
@@ -125,7 +125,7 @@ def _request(options: Options) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": -1,
+        "repeat_last_n": context,
         "stop": list(options.stop),
         "ignore_eos": options.ignore_end,
     }
