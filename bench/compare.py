@@ -11,7 +11,7 @@ import json
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def main() -> None:
             mine = [row for row in measured if ("pruning" in row["peer"]["tool"]) == pruning]
             write_tables(HERE / page, {"peers": side_by_side(mine)})
         return
+    args.work.mkdir(parents=True, exist_ok=True)
     args.python = dict(each.split("=", 1) for each in args.tool)
     results = HERE / "results" / ("peers.jsonl" if args.what == "quality" else "speed.jsonl")
     done = {(each.get("row"), each.get("protocol")) for each in lines(results)}
@@ -88,16 +89,16 @@ def lines(results: Path) -> Iterator[dict[str, Any]]:
 
 
 def quality(row: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Ours, then the tool's, both evaluated with decoct. Ours is kept should the tool fail."""
-    kept = args.work / f"{row} {args.protocol}.json".replace("/", "-")
-    if kept.exists():
-        ours = json.loads(kept.read_text())
-    else:
-        ours = our_run(row, args)
-        ours |= figures(args.work / "ours", args)
-        kept.write_text(json.dumps(ours), encoding="utf-8")
-    peer = theirs(row, args)
-    peer |= figures(args.work / "peer" / "dense", args)
+    """Ours, then the tool's, both evaluated with decoct. Each is kept should the other fail, or be measured again."""
+
+    def once(side: str, run: Callable[[str, argparse.Namespace], dict[str, Any]], folder: Path) -> dict[str, Any]:
+        kept = args.work / f"{row} {args.protocol} {side}.json".replace("/", "-")
+        if not kept.exists():
+            kept.write_text(json.dumps(run(row, args) | figures(folder, args)), encoding="utf-8")
+        return dict(json.loads(kept.read_text()))
+
+    ours = once("decoct", our_run, args.work / "ours")
+    peer = once("peer", theirs, args.work / "peer" / "dense")
     # The tool's result was folded into a dense folder: its bits follow from its format.
     return {
         "decoct": ours,

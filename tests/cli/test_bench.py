@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from decoct.serving.bench import measure_bandwidth, peak_bytes
+from decoct.engine.budget import peak_resident_bytes
+from decoct.serving.bench import measure_bandwidth
 from tests.cli.test_commands import answer, invoke
 
 QUICK = ["--prompt-tokens", 8, "--tokens", 4, "--rounds", 1]
@@ -33,4 +34,4 @@ def test_bench_without_a_baseline_and_refusals(base: Path) -> None:
 
 def test_the_machine() -> None:
     assert 1e8 < measure_bandwidth(1) < 1e13
-    assert peak_bytes() > 10 << 20
+    assert peak_resident_bytes() > 10 << 20

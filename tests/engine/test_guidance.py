@@ -264,4 +264,4 @@ def test_it_brings_a_real_model_closer_to_itself(stories: Path, story_text: Path
         found = decoct.evaluate(out, text=str(tmp_path / "unseen.txt"), against=stories, windows=48, length=256)
         assert found.kl_mean is not None
         divergence[groups] = found.kl_mean
-    assert divergence[4] < 0.96 * divergence[0]
+    assert divergence[4] < 0.98 * divergence[0]

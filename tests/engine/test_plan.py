@@ -114,7 +114,7 @@ REFUSED = {
     "learning the rounding of what is pruned": ([WANDA, {"autoround": {}}], "autoround finds nothing quantized"),
     "rounding a corrected matrix": (
         [WANDA, EORA, {"autoround": {"bits": 4, "group_size": 8}}],
-        r"autoround cannot be applied to a Sum\(Sparse\(LowRank",
+        r"autoround cannot be applied to a Sum\(Sparse, LowRank",
     ),
     "groups that do not divide what is to be rounded": (
         [{"autoround": {"bits": 4, "group_size": 32}}],

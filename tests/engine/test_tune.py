@@ -200,7 +200,7 @@ def test_a_real_model_gets_nearer_to_what_it_was(stories: Path, story_text: Path
     assert results["tuned"].nbytes == results["gptq"].nbytes
     measure = {"text": tmp_path / "test.txt", "against": stories, "windows": 12, "length": 256}
     kl = {name: decoct.evaluate(result.folder, **measure).kl_mean for name, result in results.items()}
-    assert kl["tuned"] < 0.9 * kl["gptq"], kl
+    assert kl["tuned"] < 0.95 * kl["gptq"], kl
 
 
 # Stopping and going on

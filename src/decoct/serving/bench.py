@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from decoct.engine.budget import peak_resident_bytes
 from decoct.serving.engine import Engine, Timing
 
 BASELINE = "eager"
@@ -224,7 +224,7 @@ def work() -> None:
     """A measured process's whole life: load, say so, answer one line for each line, until there are no more."""
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
-    before = peak_bytes()
+    before = peak_resident_bytes()
     try:
         engine = _open(given["engine"], given["model"], given["context"])
     except ValueError as error:
@@ -234,19 +234,8 @@ def work() -> None:
     _say({"about": engine.about, "weight_nbytes": engine.weight_nbytes, "before": before})
     for line in sys.stdin:
         asked = json.loads(line)
-        _say(asdict(engine.time(**asked)) if asked else {"peak": peak_bytes()})
+        _say(asdict(engine.time(**asked)) if asked else {"peak": peak_resident_bytes()})
     engine.close()
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had, from the system; not what its parent had before it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(lines["VmHWM"].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _open(engine: str, model: str, context: int) -> Engine:
