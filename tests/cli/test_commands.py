@@ -181,9 +181,11 @@ def test_evaluate(base: Path, compressed: Path, text: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("to", ["dense", "compressed_tensors"])
 def test_export(to: str, compressed: Path, tmp_path: Path) -> None:
     found = answer("export", compressed, "--to", to, "-o", tmp_path / "out")
-    assert found["folder"] == str(tmp_path / "out")
+    assert found["path"] == str(tmp_path / "out")
     assert found["format"] == to
-    assert found["nbytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 0
+    assert found["ok"]
+    assert {check["name"] for check in found["checks"]} == {"load", "logits"}
+    assert found["nbytes"] > sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 0
     shown = invoke("export", compressed, "--to", to, "-o", tmp_path / "other")
     assert shown.exit_code == 0
     assert "wrote" in shown.stdout

@@ -203,7 +203,7 @@ def test_a_difference_is_told_and_nothing_is_removed(tmp_path: Path, monkeypatch
 
 def test_a_file_that_llama_cpp_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(200))
-    with pytest.raises(ValueError, match=r"llama\.cpp does not load .*bad\.gguf"):
+    with pytest.raises(ValueError, match=r"llama\.cpp does not load .*bad\.gguf: .*error"):
         LlamaCpp(tmp_path / "bad.gguf")
 
 
@@ -244,7 +244,8 @@ def test_byte_level_tokenizers(split: str, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
     assert vocabulary_of(json.loads(tokenizer.to_str()), len(tokens)).split == split
     all_ok(export_model(open_model(tmp_path / "base"), "gguf", tmp_path / "m.gguf"))
-    assert LlamaCpp(tmp_path / "m.gguf").tokenize(TEXT) == tokenizer.encode(TEXT).ids
+    with LlamaCpp(tmp_path / "m.gguf") as engine:
+        assert engine.tokenize(TEXT) == tokenizer.encode(TEXT).ids
 
 
 def test_gemma_tokenizers_put_no_space_before_the_text(tmp_path: Path) -> None:
@@ -261,7 +262,8 @@ def test_gemma_tokenizers_put_no_space_before_the_text(tmp_path: Path) -> None:
     make_model("gemma2", **GEMMA, vocab_size=len(names)).save_pretrained(tmp_path / "base")
     tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
     all_ok(export_model(open_model(tmp_path / "base"), "gguf", tmp_path / "m.gguf"))
-    assert LlamaCpp(tmp_path / "m.gguf").tokenize(TEXT) == tokenizer.encode(TEXT).ids
+    with LlamaCpp(tmp_path / "m.gguf") as engine:
+        assert engine.tokenize(TEXT) == tokenizer.encode(TEXT).ids
 
 
 def test_a_tokenizer_without_a_name_is_refused() -> None:

@@ -39,9 +39,9 @@ def verify_gguf(plan: GgufPlan, path: Path, *, load: bool = True) -> tuple[list[
         return [*checks, refused], None
     model, prompt = plan.model, prompt_tokens(plan.model)
     try:
-        engine = LlamaCpp(path, context=min(512, plan.model.max_length or 512))
-        written = engine.write(prompt)
-        checks.append(_check_tokenizer(model, engine))
+        with LlamaCpp(path, context=min(512, plan.model.max_length or 512)) as engine:
+            written = engine.write(prompt)
+            checks.append(_check_tokenizer(model, engine))
     except ValueError as error:
         return [*checks, Check("load", ok=False, detail=str(error))], None
     checks.append(Check("load", ok=True, detail="llama.cpp (xllamacpp)"))
