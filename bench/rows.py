@@ -7,6 +7,7 @@ process of its own, so that peak memory is that row's alone.
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -108,9 +109,19 @@ def measure(
         "calibration": f"{protocol['sequences']}x{protocol['length']} {args.calibration.name}",
         "evaluation": found["protocol"], **{key: found[key] for key in KEYS},
         **{key: found[key] for key in CACHE_KEYS if found[key] is not None},
-        "seconds": made["seconds"], "peak_bytes": made["peak_bytes"], "threads": args.threads, "date": found["date"],
-        "decoct": found["decoct"],
+        "seconds": made["seconds"], "peak_bytes": made["peak_bytes"], "threads": args.threads, "machine": machine(),
+        "date": found["date"], "decoct": found["decoct"],
     }  # fmt: skip
+
+
+def machine() -> str:
+    """The processor's name, family and model, where Linux tells."""
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists():
+        return platform.processor()
+    told = dict(line.split(":", 1) for line in cpu.read_text().split("\n\n")[0].splitlines())
+    told = {key.strip(): value.strip() for key, value in told.items()}
+    return f"{told.get('model name', platform.machine())}, family {told.get('cpu family')}, model {told.get('model')}"
 
 
 def table(measured: list[dict[str, Any]]) -> str:
@@ -121,7 +132,7 @@ def table(measured: list[dict[str, Any]]) -> str:
     lines = [
         f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
         f"| {100 * row['top1_agreement']:.1f} % | {row['cache_bits' if caches else 'bits_per_weight']:.2f} "
-        f"| {row['seconds']:.0f}{'*' * (row.get('threads') == 1)} | {row['peak_bytes'] / 2**20:.0f} MiB |"
+        f"| {row['seconds']:.0f}{'*' * (row.get('threads') == 1)}{'' if 'machine' in row else '°'} | {row['peak_bytes'] / 2**20:.0f} MiB |"
         for row in measured
     ]
     return "\n".join([head, "|---" * 8 + "|", *lines])
