@@ -53,6 +53,15 @@ ROWS: Rows = {
     "qtip 4 bit": ("standard", qtip(4)),
     "qtip 3 bit": ("standard", qtip(3)),
     "qtip 2 bit": ("standard", qtip(2)),
+    **{f"gptq {b} bit, standard": ("standard", linear({"gptq": grid(b)})) for b in (4, 3, 2)},
+    **{f"autoround {b} bit, standard": ("standard", steps({"autoround": grid(b)})) for b in (4, 3, 2)},
+    **{
+        f"gptq, then autoround {b} bit, standard": ("standard", steps({"linear": {"gptq": grid(b)}}, {"autoround": {}}))
+        for b in (4, 3, 2)
+    },
+    "gptq, then block_ap 2 bit, zero points, standard": (
+        "standard", steps({"linear": {"gptq": {**grid(2), "symmetric": False}}}, {"block_ap": {}})
+    ),
     # Inputs rounded as well. Token by token, symmetric, where nothing else is said.
     "w8a8": ("quick", inputs(RTN8, bits=8)),
     "smoothquant w8a8": ("quick", inputs([{"smoothquant": {"alpha": 0.5}}, *RTN8], bits=8)),
