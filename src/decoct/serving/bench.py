@@ -7,6 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+<<<<<<< HEAD
+=======
+from importlib import import_module
+from pathlib import Path
+>>>>>>> b947305 (bench/runtime.py: decoct, eager bf16 and llama.cpp in turn; resumable)
 from statistics import median
 from typing import Any
 
@@ -33,7 +38,7 @@ class Speed:
         prefill_tokens_per_second: of the prompt.
         time_to_first_token: seconds.
         peak_memory_bytes: of the process, the interpreter and its libraries included.
-        loaded_memory_bytes: of the process before a model was loaded.
+        loaded_memory_bytes: of the process with its libraries, before a model was loaded.
         weight_nbytes: of the weights that a token passes through.
         rounds: of each kind.
     """
@@ -129,23 +134,38 @@ def bench(
     both = [(engine, model)]
     if against != "":
         both.append((BASELINE, against or model))
-    context, threads = prompt_tokens + decode_tokens + 1, torch.get_num_threads()
-    timings: list[list[Timing]] = [[] for _ in both]
-    with _started(both, context, threads) as workers:
-        for number in range(rounds * len(both)):
-            which = number % len(both)
-            timings[which].append(workers[which].time(prompt_tokens, decode_tokens))
-            on_round(number + 1, rounds * len(both))
-        speeds = [worker.speed(found) for worker, found in zip(workers, timings, strict=True)]
+    speeds = in_turn(both, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, rounds=rounds, on_round=on_round)
     return Bench(
         model=model,
         speed=speeds[0],
         baseline=speeds[1] if len(speeds) > 1 else None,
         bandwidth=measure_bandwidth(),
-        threads=threads,
+        threads=torch.get_num_threads(),
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
     )
+
+
+def in_turn(
+    several: Sequence[tuple[str, str]],
+    *,
+    prompt_tokens: int,
+    decode_tokens: int,
+    rounds: int,
+    on_round: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[Speed]:
+    """Measure several pairs of engine and model in turn, A B C A B C; all are loaded the whole time.
+
+    Raises:
+        ValueError: an engine cannot run its model; the process's own line.
+    """
+    timings: list[list[Timing]] = [[] for _ in several]
+    with _started(several, prompt_tokens + decode_tokens + 1, torch.get_num_threads()) as workers:
+        for number in range(rounds * len(several)):
+            which = number % len(several)
+            timings[which].append(workers[which].time(prompt_tokens, decode_tokens))
+            on_round(number + 1, rounds * len(several))
+        return [worker.speed(found) for worker, found in zip(workers, timings, strict=True)]
 
 
 class _Process:
@@ -208,10 +228,10 @@ class _Process:
 
 
 @contextmanager
-def _started(both: Sequence[tuple[str, str]], context: int, threads: int) -> Iterator[list[_Process]]:
+def _started(several: Sequence[tuple[str, str]], context: int, threads: int) -> Iterator[list[_Process]]:
     workers: list[_Process] = []
     try:
-        for engine, model in both:  # one after another: loading both at once would need more memory
+        for engine, model in several:  # one after another: loading all at once would need more memory
             workers.append(_Process(engine, model, context, threads))
             workers[-1].wait()
         yield workers
@@ -224,7 +244,13 @@ def work() -> None:
     """A measured process's whole life: load, say so, answer one line for each line, until there are no more."""
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
+<<<<<<< HEAD
     before = peak_resident_bytes()
+=======
+    if given["engine"] != "llama.cpp":
+        import_module("decoct.hf")  # with transformers: what libraries take is not the model's
+    before = peak_bytes()
+>>>>>>> b947305 (bench/runtime.py: decoct, eager bf16 and llama.cpp in turn; resumable)
     try:
         engine = _open(given["engine"], given["model"], given["context"])
     except ValueError as error:
