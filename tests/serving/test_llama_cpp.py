@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import decoct
 from decoct.runtime.sampling import Sampling
 from decoct.serving import Engine, Options, open_engine
 from decoct.serving.engine import Piece
 from tests.cli.test_commands import answer, invoke
+from tests.engine.running import make_base
 
 pytest.importorskip("xllamacpp")
 
@@ -74,9 +76,31 @@ def test_the_command_runs_it(file: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     missing = invoke("generate", tmp_path / "none.gguf", "--prompt", "a", "--engine", "llama.cpp")
     assert missing.stderr == f"error: {tmp_path / 'none.gguf'} does not exist\n"
-    folder = invoke("generate", tmp_path, "--prompt", "a", "--engine", "llama.cpp")
-    assert (folder.exit_code, "runs .gguf files" in folder.stderr) == (1, True)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF, or not")
     broken = invoke("generate", tmp_path / "broken.gguf", "--prompt", "a", "--engine", "llama.cpp")
     assert broken.exit_code == 1
     assert "llama.cpp does not load" in broken.stderr
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_checkpoint_is_written_as_gguf_for_it(
+    bits: int | None, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in both engines, so the same words; what was written for llama.cpp goes with it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    model = stories
+    if bits is not None:
+        rule = {"match": "attn.*", "rtn": {"bits": bits, "group_size": 32}}
+        model = decoct.compress(stories, {"stages": [{"blocks": [{"linear": rule}]}]}, tmp_path / "out").folder
+    ours, theirs = (
+        decoct.generate(model, "Once upon a time", max_tokens=16, engine=name)[0] for name in ("decoct", "llama.cpp")
+    )
+    assert ours.text == theirs.text
+    assert not list((tmp_path / "temporary").glob("decoct-*"))
+
+
+def test_what_gguf_cannot_hold_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path, "opt")
+    with pytest.raises(ValueError, match=r"(?i)gguf"):
+        decoct.generate(base, "Once", engine="llama.cpp")

@@ -1,10 +1,13 @@
 """The engines by name."""
 
+from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from decoct.exporters import export_model
 from decoct.model import open_model
 from decoct.serving.engine import Engine
 from decoct.serving.llama_cpp import LlamaCpp
@@ -41,7 +44,7 @@ def open_engine(
 
     Args:
         name: one of ENGINES.
-        model: folder, .gguf file, or hub id; for llama.cpp a .gguf file.
+        model: folder, .gguf file, or hub id.
         context: the most tokens that prompt and answer may have together; None: the model's own up to 4096.
         num_seats: sequences to hold at once.
         dtype: of hidden states; None: the model's own.
@@ -53,7 +56,7 @@ def open_engine(
     if context is not None and context < 2:
         raise ValueError(f"context {context} is too short; give at least 2 tokens")
     if name == "llama.cpp":
-        return _llama_cpp(Path(model), context)
+        return _llama_cpp(model, context)
     if name in ("onnxruntime", "openvino"):
         raise ValueError(
             f"the engine {name} runs exported folders, which decoct does not write yet; use --engine decoct"
@@ -63,7 +66,15 @@ def open_engine(
     return NetworkEngine(name, opened, open_network(opened, name, context=room, num_seats=num_seats, dtype=dtype))
 
 
-def _llama_cpp(model: Path, context: int | None) -> Engine:
-    if model.suffix != ".gguf":
-        raise ValueError(f"the engine llama.cpp runs .gguf files, not {model}; use --engine decoct")
-    return LlamaCpp(model, context=context or _LLAMA_CONTEXT)
+def _llama_cpp(model: str | Path, context: int | None) -> Engine:
+    """A .gguf file as it is; another checkpoint written as one first, in a folder that goes with the engine."""
+    if Path(model).suffix == ".gguf":
+        return LlamaCpp(Path(model), context=context or _LLAMA_CONTEXT)
+    opened = open_model(model)
+    room = choose_context(opened, context)
+    with ExitStack() as unfinished:
+        path = Path(unfinished.enter_context(TemporaryDirectory(prefix="decoct-"))) / "model.gguf"
+        export_model(opened, "gguf", path, load=False)
+        engine = LlamaCpp(path, context=room)
+        engine.remove = unfinished.pop_all().close
+    return engine

@@ -20,17 +20,17 @@ class LlamaCpp:
         about: one line: what computes.
         context: the most tokens that prompt and answer may have together.
         weight_nbytes: of the file.
+        remove: called when the engine is closed: takes a file away that was only made for it.
     """
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path, *, context: int, remove: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, *, context: int) -> None:
         """Load a file.
 
         Args:
             path: the file.
             context: the most tokens that prompt and answer may have together.
-            remove: called when the engine is closed: takes a file away that was only made for it.
 
         Raises:
             ValueError: xllamacpp is not installed, or llama.cpp does not load the file.
@@ -49,7 +49,7 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.use_jinja = context, 1, True
         params.warmup, params.verbosity, params.fit_params = False, 0, False
         self.about, self.context, self.weight_nbytes = "llama.cpp (xllamacpp)", context, path.stat().st_size
-        self._remove = remove
+        self.remove: Callable[[], None] = lambda: None
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
@@ -75,7 +75,7 @@ class LlamaCpp:
     def close(self) -> None:
         """Unload, and remove what was made for it."""
         self._server = None
-        self._remove()
+        self.remove()
 
     def _one(self, which: int, prompt: Prompt, options: Options, on_piece: OnPiece) -> Generation:
         began = time.monotonic()
