@@ -7,11 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-<<<<<<< HEAD
-=======
 from importlib import import_module
-from pathlib import Path
->>>>>>> b947305 (bench/runtime.py: decoct, eager bf16 and llama.cpp in turn; resumable)
 from statistics import median
 from typing import Any
 
@@ -244,13 +240,9 @@ def work() -> None:
     """A measured process's whole life: load, say so, answer one line for each line, until there are no more."""
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
-<<<<<<< HEAD
-    before = peak_resident_bytes()
-=======
     if given["engine"] != "llama.cpp":
         import_module("decoct.hf")  # with transformers: what libraries take is not the model's
-    before = peak_bytes()
->>>>>>> b947305 (bench/runtime.py: decoct, eager bf16 and llama.cpp in turn; resumable)
+    before = peak_resident_bytes()
     try:
         engine = _open(given["engine"], given["model"], given["context"])
     except ValueError as error:
