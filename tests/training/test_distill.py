@@ -195,7 +195,9 @@ def test_the_best_state_is_kept(base: Path, tmp_path: Path, monkeypatch: pytest.
 
 RUN = """
 import sys
+import torch
 from decoct.training import loop
+torch.set_num_threads(1)
 loop._SAVE_SECONDS = loop._SAVE_SHARE = 0.0
 import decoct
 decoct.compress(sys.argv[1], {recipe!r}, sys.argv[2])
