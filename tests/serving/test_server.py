@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import decoct
+from decoct.serving.batch import Batch
 from decoct.serving.server import Server, open_server
 from decoct.serving.worker import Limits
 from tests.engine.running import make_base
@@ -193,18 +194,31 @@ def test_several_at_once_are_written_together(running: Running, folder: Path) ->
         assert list(pool.map(ask, prompts)) == expected
 
 
-def idle(running: Running) -> bool:
-    """Whether every seat is free again, soon."""
-    end = time.monotonic() + 20
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within a while."""
+    end = time.monotonic() + 60
     while time.monotonic() < end:
-        if running.metric("decoct_running") == running.metric("decoct_waiting") == 0:
+        if condition():
             return True
-        time.sleep(0.05)
+        time.sleep(0.02)
     return False
 
 
+def idle(running: Running) -> bool:
+    """Whether every seat is free again, soon."""
+    return soon(lambda: running.metric("decoct_running") == running.metric("decoct_waiting") == 0)
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_seat(running: Running, stream: bool) -> None:
+def test_a_client_that_hangs_up_frees_its_seat(running: Running, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are slowed, so that the answer would take far longer than the server needs to notice."""
+    step = Batch.step
+
+    def slow_step(batch: Batch) -> bool:
+        time.sleep(0.02)
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", slow_step)
     body = json.dumps({"model": "tiny", "prompt": "abc", "max_tokens": 250, "stream": stream}).encode()
     before = running.metric("decoct_generated_tokens_total")
     connection = running.connect()
@@ -212,7 +226,7 @@ def test_a_client_that_hangs_up_frees_its_seat(running: Running, stream: bool) -
     if stream:
         assert b"200 OK" in connection.recv(4096)
     else:
-        time.sleep(0.1)
+        assert soon(lambda: running.metric("decoct_running") == 1)
     connection.close()
     assert idle(running)
     assert running.metric("decoct_generated_tokens_total") - before < 250
