@@ -1,7 +1,7 @@
 """What a recipe's stage will do and take, before anything runs: which method meets which slot, memory, time."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -54,10 +54,10 @@ class Plan:
         peak_bytes: predicted peak of the process's memory.
         limit_bytes: what the budget allows.
         output_bytes: predicted size of the result.
+        seconds: a rough estimate.
         reals: predicted number of real numbers (scales, factors, surviving values) in each compressed slot's weight.
         unpacked_bytes: predicted bytes that those weights take more while they are trained.
         scratch_bytes: most that activations take on disk at a time.
-        seconds: a rough estimate.
         checkpoint_bytes: most that checkpoints of a method on the whole model take in the output folder at a time.
         described: of a pass: predicted descriptions of all weights that will not be dense then; None: they show only
             in the run.
@@ -74,10 +74,10 @@ class Plan:
     peak_bytes: int
     limit_bytes: int
     output_bytes: int
-    reals: dict[str, int]
-    unpacked_bytes: int
-    scratch_bytes: int
     seconds: float
+    reals: dict[str, int] = field(default_factory=dict)
+    unpacked_bytes: int = 0
+    scratch_bytes: int = 0
     checkpoint_bytes: int = 0
     described: Described | None = None
 

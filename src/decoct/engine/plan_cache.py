@@ -65,8 +65,6 @@ def plan_cache(
         peak_bytes=peak,
         limit_bytes=limit,
         output_bytes=model.nbytes,
-        reals={},
-        unpacked_bytes=0,
         scratch_bytes=0 if slopes is None else slopes.scratch_bytes(data, dtype, 0),
         seconds=seconds if slopes is None else slopes.seconds(data, dtype),
     )

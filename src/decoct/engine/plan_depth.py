@@ -68,9 +68,6 @@ def plan_depth(
         peak_bytes=peak,
         limit_bytes=limit,
         output_bytes=left.nbytes,
-        reals={},
-        unpacked_bytes=0,
-        scratch_bytes=0,
         seconds=once * method.passes(model.num_blocks) / (0.4 * product_rate(dtype)),
         described=left.described,
     )

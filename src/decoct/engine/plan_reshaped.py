@@ -82,8 +82,6 @@ def plan_reshaped(
         peak_bytes=peak,
         limit_bytes=limit,
         output_bytes=left.nbytes,
-        reals={},
-        unpacked_bytes=0,
         scratch_bytes=max(2 * activations, costs.scratch),
         seconds=costs.seconds,
         described=left.described,

@@ -75,7 +75,6 @@ def plan_tuning(
         output_bytes=made.output_bytes,
         reals=made.reals,
         unpacked_bytes=made.unpacked_bytes,
-        scratch_bytes=0,
         seconds=_operations(model, teacher, method, data) / (0.5 * product_rate(dtype)),
         checkpoint_bytes=2 * _SAVED_BYTES * tuned,  # the next one is written before the last one goes
     )

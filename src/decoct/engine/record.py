@@ -1,6 +1,6 @@
 """The only hooks: statistics of what a block's matrices read, gathered while it runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from decoct.arch import Edge, Slot
 from decoct.arch.hf import expert_answers, expert_inputs
@@ -80,23 +81,17 @@ def record(
     """
     stats: Gathered = {edge: {kind: kind.empty(widths[edge]) for kind in kinds} for edge, kinds in wanted.items()}
     recorder = Recorder(stats)
-    hooks = []
-    try:
-        by_experts: dict[str, list[Edge]] = {}
-        for name in wanted:
-            reader = edges[name].readers[0]
-            if reader.expert is None:
-                target = module.get_submodule(paths[reader.name])
-                hooks.append(target.register_forward_pre_hook(partial(_take_input, recorder, name)))
-            else:
-                by_experts.setdefault(paths[reader.name], []).append(edges[name])
-        for path, found in by_experts.items():
-            target = module.get_submodule(path)
-            hooks.append(target.register_forward_pre_hook(partial(_take_expert_inputs, recorder, found)))
+    takes: list[tuple[str, Any]] = []
+    by_experts: dict[str, list[Edge]] = {}
+    for name in wanted:
+        reader = edges[name].readers[0]
+        if reader.expert is None:
+            takes.append((paths[reader.name], partial(_take_input, recorder, name)))
+        else:
+            by_experts.setdefault(paths[reader.name], []).append(edges[name])
+    takes += [(path, partial(_take_expert_inputs, recorder, found)) for path, found in by_experts.items()]
+    with _hooked(module.get_submodule(path).register_forward_pre_hook(take) for path, take in takes):
         yield recorder
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -111,11 +106,8 @@ def record_answers(module: nn.Module, path: str, stat: ExpertStat | None) -> Ite
     if stat is None:
         yield
         return
-    hook = module.get_submodule(path).register_forward_pre_hook(partial(_take_answers, stat))
-    try:
+    with _hooked([module.get_submodule(path).register_forward_pre_hook(partial(_take_answers, stat))]):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -127,15 +119,9 @@ def record_outputs(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict
         paths: where in it each layer lies, by a name of one's own.
     """
     found: dict[str, Tensor] = {}
-    hooks = [
-        module.get_submodule(path).register_forward_hook(partial(_keep_output, found, name))
-        for name, path in paths.items()
-    ]
-    try:
+    layers = {name: module.get_submodule(path) for name, path in paths.items()}
+    with _hooked(each.register_forward_hook(partial(_keep_output, found, name)) for name, each in layers.items()):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -147,12 +133,18 @@ def record_inputs(module: nn.Module, paths: Mapping[str, str]) -> Iterator[dict[
         paths: where in it each layer lies, by a name of one's own.
     """
     found: dict[str, Tensor] = {}
-    hooks = [
-        module.get_submodule(path).register_forward_pre_hook(partial(_keep_input, found, name))
-        for name, path in paths.items()
-    ]
-    try:
+    layers = {name: module.get_submodule(path) for name, path in paths.items()}
+    with _hooked(each.register_forward_pre_hook(partial(_keep_input, found, name)) for name, each in layers.items()):
         yield found
+
+
+@contextmanager
+def _hooked(registering: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Register hooks, and take them away after the body."""
+    hooks: list[RemovableHandle] = []
+    try:
+        hooks.extend(registering)
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -261,9 +261,6 @@ def plan_slicing(
         peak_bytes=peak,
         limit_bytes=limit,
         output_bytes=left.nbytes,
-        reals={},
-        unpacked_bytes=0,
-        scratch_bytes=0,
         seconds=2.0 * entries * data.num_tokens / (0.4 * product_rate(dtype)) + moments + turning,
         described=left.described,
     ), left

@@ -165,21 +165,17 @@ class Logits(Targets):
 
 
 @dataclass(frozen=True, slots=True)
-class Mixed(Targets):
-    """The weighted mean of several models' probabilities (one vocabulary).
+class Several(Targets):
+    """What several models predict of the same tokens (one vocabulary).
 
     Attributes:
         members: what each predicts.
-        weights: of each, positive; they are brought to a sum of 1.
     """
 
     members: tuple[Targets, ...]
-    weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
         _check_members(self.members)
-        if len(self.weights) != len(self.members) or min(self.weights) <= 0:
-            raise ValueError(f"{len(self.members)} teachers need as many positive weights, not {list(self.weights)}")
 
     @property
     @override
@@ -190,6 +186,22 @@ class Mixed(Targets):
     @override
     def vocab(self) -> int:
         return self.members[0].vocab
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed(Several):
+    """The weighted mean of several models' probabilities (one vocabulary).
+
+    Attributes:
+        weights: of each, positive; they are brought to a sum of 1.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        Several.__post_init__(self)
+        if len(self.weights) != len(self.members) or min(self.weights) <= 0:
+            raise ValueError(f"{len(self.members)} teachers need as many positive weights, not {list(self.weights)}")
 
     @override
     def rows(self, tokens: Int[Tensor, " some"], parts: Sequence[slice], temperature: float = 1.0) -> Distribution:
@@ -199,27 +211,8 @@ class Mixed(Targets):
 
 
 @dataclass(frozen=True, slots=True)
-class MostConfident(Targets):
-    """Of several models the one whose likeliest token is likeliest, chosen for each token (one vocabulary).
-
-    Attributes:
-        members: what each predicts.
-    """
-
-    members: tuple[Targets, ...]
-
-    def __post_init__(self) -> None:
-        _check_members(self.members)
-
-    @property
-    @override
-    def num_tokens(self) -> int:
-        return self.members[0].num_tokens
-
-    @property
-    @override
-    def vocab(self) -> int:
-        return self.members[0].vocab
+class MostConfident(Several):
+    """Of several models the one whose likeliest token is likeliest, chosen for each token (one vocabulary)."""
 
     @override
     def rows(self, tokens: Int[Tensor, " some"], parts: Sequence[slice], temperature: float = 1.0) -> Distribution:

@@ -109,8 +109,6 @@ def plan_training(
         limit_bytes=limit,
         output_bytes=numbers.output_bytes,
         reals=numbers.reals,
-        unpacked_bytes=0,
-        scratch_bytes=0,
         seconds=_seconds(model, teachers, method, tokens, dtype, kept=kept),
         checkpoint_bytes=(2 * _SAVED_BYTES + (8 if method.evaluate_every else 0)) * numbers.trained,
     )
