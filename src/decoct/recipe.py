@@ -40,7 +40,7 @@ from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.training import TrainingMethod
 from decoct.methods.width import WidthMethod
 from decoct.search.settings import Search
-from decoct.training.stage import TrainStage
+from decoct.training.stages import own_stage
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 _RULE_KEYS = ("match", "min_share", "leave")
@@ -269,10 +269,11 @@ def _model_stage(method: AnyMethod) -> Stage:
             return SliceStage(method, settings)
         case ExpertMethod():
             return ExpertStage(method, settings)
-        case TrainingMethod():
-            return TrainStage(method, settings)
-    assert isinstance(method, E2EQP)
-    return ModelStage(method, settings)
+        case E2EQP():
+            return ModelStage(method, settings)
+    own = own_stage(method, settings)
+    assert own is not None
+    return own
 
 
 def _step(value: Any, where: str) -> StepRules:

@@ -29,6 +29,7 @@ from decoct.weights import (
     QuantizedInput,
     Shared,
     Sparse,
+    Sum,
     Ternary,
     Weight,
     describe,
@@ -237,7 +238,8 @@ def test_declared_and_stored_bytes_agree(cls: type[Method], dtype: torch.dtype, 
     if isinstance(weight, QuantizedInput) and isinstance(weight.inner, Dense):
         assert weight.nbytes == OUT * IN * dtype.itemsize  # only inputs are rounded
     else:
-        assert issubclass(cls, LinearCorrection) or weight.nbytes < OUT * IN * dtype.itemsize
+        grows = isinstance(weight, Sum)  # a term of the default rank is as large as a matrix this small
+        assert issubclass(cls, LinearCorrection) or grows or weight.nbytes < OUT * IN * dtype.itemsize
 
 
 @EVERY

@@ -153,7 +153,7 @@ def test_on_the_command_line(base: Path, tmp_path: Path) -> None:
 
 def test_a_policy_is_left_out_where_that_is_asked_for(base: Path, tmp_path: Path) -> None:
     out = run(base, tmp_path / "out", stages=RECIPES["a cache"]).folder
-    for form in FORMATS:
+    for form in (each for each in FORMATS if each != "peft"):  # an adapter needs terms, which this has not
         with pytest.raises(ValueError, match="keys and values are kept by kivi; add --fold"):
             decoct.export(out, form, tmp_path / form)
         decoct.export(out, form, tmp_path / form, fold=True)

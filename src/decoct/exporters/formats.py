@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decoct.exporters import compressed_tensors, dense, gguf
+from decoct.exporters import compressed_tensors, dense, gguf, peft
+from decoct.exporters.in_peft import verify_in_peft
 from decoct.exporters.in_transformers import verify_in_transformers
 from decoct.exporters.report import Check
 from decoct.model import Model
@@ -87,6 +88,15 @@ def _verify_dense(request: Request) -> Verified:
     return verify_in_transformers(request.model, request.out, unpack=False, nearly=False, unrounded=True)
 
 
+def _write_peft(request: Request) -> tuple[str, ...]:
+    peft.export_peft(request.model, request.out, fold=request.fold)
+    return (f"{peft.BASE}/ is the model that the adapter is for, unpacked",)
+
+
+def _verify_peft(request: Request) -> Verified:
+    return verify_in_peft(request.model, request.out) if request.load else ([_NOT_LOADED], None)
+
+
 def _write_gguf(request: Request) -> tuple[str, ...]:
     plan = gguf.plan_gguf(request.model, request.variant, fold=request.fold)
     gguf.write_gguf(plan, request.out, request.importance)
@@ -105,6 +115,7 @@ EXPORTERS: dict[str, Exporter] = {
         _verify_compressed_tensors,
     ),
     "dense": Exporter(lambda model, _, fold: dense.check_dense(model, fold=fold), _write_dense, _verify_dense),
+    "peft": Exporter(lambda model, _, fold: peft.check_peft(model, fold=fold), _write_peft, _verify_peft),
     "gguf": Exporter(
         lambda model, variant, fold: gguf.plan_gguf(model, variant, fold=fold),
         _write_gguf,

@@ -34,11 +34,11 @@ def verify_in_transformers(
     checks = [
         Check("load", not missing, f"transformers; missing or unknown: {missing[:3]}" if missing else "transformers")
     ]
-    written = _write(network, prompt_tokens(model))
+    written = write_on(network, prompt_tokens(model))
     tokens = torch.tensor([*written.prompt, *written.tokens])
     ours = our_logits(model, tokens, (lambda name: _dense(model, name)) if unrounded else None)
     checks.append(compare("logits", ours, written, nearly=nearly))
-    return checks, _text(out, written)
+    return checks, text_of(out, written)
 
 
 def load(folder: Path, *, unpack: bool) -> tuple[Any, dict[str, Any]]:
@@ -58,7 +58,8 @@ def load(folder: Path, *, unpack: bool) -> tuple[Any, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _write(network: Any, prompt: list[int]) -> Written:
+def write_on(network: Any, prompt: list[int]) -> Written:
+    """What a network goes on with, the likeliest token each time."""
     tokens = list(prompt)
     limit = network.config.max_position_embeddings or 2048
     logits = []
@@ -69,7 +70,8 @@ def _write(network: Any, prompt: list[int]) -> Written:
     return Written(prompt, tokens[len(prompt) :], logprobs, "")
 
 
-def _text(folder: Path, written: Written) -> str | None:
+def text_of(folder: Path, written: Written) -> str | None:
+    """What was written, by a folder's tokenizer; None: it has none."""
     from transformers import AutoTokenizer
 
     try:

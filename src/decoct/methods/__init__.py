@@ -21,6 +21,7 @@ from decoct.methods.experts import ExpertMethod
 from decoct.methods.factorize.eora import EoRA
 from decoct.methods.factorize.svd_llm import SVDLLM
 from decoct.methods.guided import ByGroup, Guided
+from decoct.methods.heal.adapter import Adapter
 from decoct.methods.heal.distill import Distill
 from decoct.methods.heal.norm_tweaking import NormTweaking
 from decoct.methods.prune.alps import ALPS
@@ -58,6 +59,7 @@ from decoct.methods.quantize.gptq import GPTQ
 from decoct.methods.quantize.hqq import HQQ
 from decoct.methods.quantize.inputs import Inputs
 from decoct.methods.quantize.llm_int8 import LLMInt8
+from decoct.methods.quantize.loftq import LoftQ
 from decoct.methods.quantize.lrq import LRQ
 from decoct.methods.quantize.mxfp import MXFP
 from decoct.methods.quantize.omniquant import OmniQuant
@@ -85,6 +87,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "quarot": QuaRot,
     "spinquant": SpinQuant,
     "rtn": RTN,
+    "loftq": LoftQ,
     "hqq": HQQ,
     "mxfp": MXFP,
     "gptq": GPTQ,
@@ -108,6 +111,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "block_ap": BlockAP,
     "e2e_qp": E2EQP,
     "distill": Distill,
+    "adapter": Adapter,
     "qat": QAT,
     "billm": BiLLM,
     "ternary": Ternary,

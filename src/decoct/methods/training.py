@@ -7,7 +7,7 @@ from typing import Any, Literal
 from decoct.methods.base import ModelMethod
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
-Trained = Literal["matrices", "norms", "ends", "lora", "qa_lora"]
+Trained = Literal["matrices", "norms", "ends", "lora", "qa_lora", "corrections"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,8 @@ class TrainingMethod(ModelMethod):
         on_policy: fraction of the steps that learn from what the student writes itself, going on from the text.
         train: what is trained. `matrices`: all numbers that the blocks' matrices store, in the form they have; `norms`:
             gains and biases; `ends`: embedding and lm_head; `lora`: a low-rank term beside each matrix, which stays;
-            `qa_lora`: a low-rank term that ends in the zero points of quantized matrices.
+            `qa_lora`: a low-rank term that ends in the zero points of quantized matrices; `corrections`: the low-rank
+            terms that stand beside matrices already (LoftQ's, EoRA's, an adapter's), and nothing else of these.
         rank: of `lora` and `qa_lora`.
         evaluate_every: steps between two looks at held-out text; 0: none, the last state is kept.
         held_out: sequences that are held out.
@@ -97,8 +98,8 @@ class TrainingMethod(ModelMethod):
         self._check_teachers()
         if not self.train:
             raise ValueError("train is empty: name what to train, such as [matrices, norms]")
-        if len({"matrices", "lora", "qa_lora"} & set(self.train)) > 1:
-            raise ValueError("train: matrices, lora and qa_lora exclude each other; take one of them")
+        if len({"matrices", "lora", "qa_lora", "corrections"} & set(self.train)) > 1:
+            raise ValueError("train: matrices, lora, qa_lora and corrections exclude each other; take one of them")
         self._check_rates()
 
     def _check_teachers(self) -> None:

@@ -1,8 +1,9 @@
 """What training will take, before anything runs: the largest of the moments of one step, and a rate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from decoct.methods.quantize.qat import QAT
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model
 from decoct.training.text import TEACHER, length_of, source_of
-from decoct.training.views.choose import changes_form, is_end, vector_names
+from decoct.training.views.choose import changes_form, corrections, is_end, vector_names
 from decoct.weights import QuantizedInput, Shared, described_kinds, tensor_specs
 
 _MARGIN = 1.2  # gradients of many sizes come and go, so more lies scattered than in a streamed pass
@@ -51,6 +52,7 @@ def numbers_of(before: Before, method: TrainingMethod) -> Numbers:
     for name, description in model.described.items():
         specs = tensor_specs(description).values()
         reals.setdefault(name, sum(prod(shape) for dtype, shape in specs if dtype.is_floating_point))
+    described = _described(before)
     trained = 0
     for name, slot in model.slots().items():
         if changes_form(method) and not slot.protected:
@@ -58,11 +60,27 @@ def numbers_of(before: Before, method: TrainingMethod) -> Numbers:
             trained += each if isinstance(method, QAT) else method.rank * sum(model.shape(name))
         elif method.trains("ends" if is_end(model, name) else "matrices"):
             trained += reals.get(name, prod(model.shape(name)))
+        elif method.trains("corrections"):
+            trained += _correcting(described.get(name))
     if method.trains("norms"):
         trained += sum(prod(model.shape(name)) for name in vector_names(model))
     made = before.plans[-1] if before.plans else None
     output = model.nbytes if made is None else made.output_bytes
     return Numbers(trained, output + (0 if made is None else made.unpacked_bytes), output, reals)
+
+
+def _described(before: Before) -> Mapping[str, dict[str, Any]]:
+    """What is known of the weights that the stage will find."""
+    passes = [plan.described for plan in before.plans if plan.described is not None]
+    return passes[-1] if passes else before.model.described
+
+
+def _correcting(description: dict[str, Any] | None) -> int:
+    """Numbers in the low-rank terms of a weight."""
+    if description is None:
+        return 0
+    inside, specs = corrections(description), tensor_specs(description).items()
+    return sum(prod(shape) for name, (dtype, shape) in specs if name.startswith(inside) and dtype.is_floating_point)
 
 
 def plan_training(

@@ -14,7 +14,7 @@ from decoct.training.views.adapter import lora_view, qa_lora_view
 from decoct.training.views.latent import latent_view
 from decoct.training.views.vector import Vector
 from decoct.training.views.view import View
-from decoct.weights import Weight
+from decoct.weights import LowRank, Sum, Weight, describe
 
 
 def is_end(model: Model, name: str) -> bool:
@@ -29,8 +29,29 @@ def views_of(model: Model, method: TrainingMethod) -> dict[str, View]:
         if changes_form(method) and not slot.protected:
             found[name] = other_view(model.weight(name), method, name)
         else:
-            trained = method.trains("ends" if is_end(model, name) else "matrices")
-            found[name] = View(model.weight(name), chosen=_everything if trained else _nothing)
+            found[name] = _view(model.weight(name), method, end=is_end(model, name))
+    return found
+
+
+def _view(weight: Weight, method: TrainingMethod, *, end: bool) -> View:
+    """The view of a matrix that keeps its form."""
+    if method.trains("ends" if end else "matrices"):
+        return View(weight, chosen=_everything)
+    inside = corrections(describe(weight)) if method.trains("corrections") else ()
+    return View(weight, chosen=lambda name: name.startswith(inside))
+
+
+def corrections(description: dict[str, Any], path: str = "") -> tuple[str, ...]:
+    """Paths, each with a dot behind it, of the low-rank terms that stand beside something else in a weight."""
+    found: tuple[str, ...] = ()
+    for key, value in description.items():
+        nested: dict[str, Any] = {key: value}
+        if isinstance(value, list):
+            nested = {f"{key}.{i}": item for i, item in enumerate(value)}
+        for name, inner in nested.items():
+            if isinstance(inner, dict) and "kind" in inner:
+                low = description["kind"] == Sum.kind and inner["kind"] == LowRank.kind
+                found += (f"{path}{name}.",) if low else corrections(inner, f"{path}{name}.")
     return found
 
 
@@ -74,10 +95,6 @@ class Becoming(LinearMethod):
 
 def _everything(_: str) -> bool:
     return True
-
-
-def _nothing(_: str) -> bool:
-    return False
 
 
 def vectors_of(model: Model, method: TrainingMethod) -> dict[str, Vector]:
