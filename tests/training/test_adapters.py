@@ -9,9 +9,11 @@ import torch
 import decoct
 from decoct.methods.prune.distilbert import DistilBERT
 from decoct.model import open_model
+from decoct.samples import Mixer, Source
 from decoct.training.views.adapter import ZeroPointLeaf, lora_view
 from decoct.weights import Dense, GroupInt
-from tests.engine.running import GPTQ, RTN, Settings, make_base, run
+from tests.engine.running import GPTQ, RTN, Crash, Settings, digests, make_base, run
+from tests.training.test_distill import stop_after
 from tests.weights.samples import group_int, samples
 
 SHORT: Settings = {"num_steps": 4, "batch_size": 2, "sequence_length": 16}
@@ -86,6 +88,32 @@ def test_the_student_writes(base: Path, tmp_path: Path) -> None:
         run(base, tmp_path / "no", stages=[{"distill": {**SHORT, "loss": "minillm"}}])
     alone = {**SHORT, "loss": {"minillm": {"teacher_share": 0.0}}, "on_policy": 1.0}
     assert len(run(base, tmp_path / "minillm", stages=[{"blocks": [RTN]}, {"distill": alone}]).losses) == 4
+
+
+def test_the_share_of_own_texts_adapts(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistiLLM: it rises as held-out text gets worse, own texts are read again; stopped, it goes on."""
+    settings = {
+        **SHORT, "num_steps": 10, "replay": 4, "on_policy": 0.5, "evaluate_every": 1, "held_out": 2,
+        "learning_rate": 0.9, "warmup": 0.0, "schedule": "constant", "loss": {"forward_kl": {"weight": 10.0}},
+    }  # fmt: skip
+    recipe: Settings = {"stages": [{"blocks": [RTN]}, {"distill": settings}]}
+    sources, shares = [], []
+    choose = Mixer.choose
+
+    def noted(self: Mixer, step: int, total: int) -> Source:
+        sources.append(choose(self, step, total))
+        shares.append(self.share)
+        return sources[-1]
+
+    monkeypatch.setattr(Mixer, "choose", noted)
+    run(base, tmp_path / "whole", **recipe)
+    assert shares[-1] > shares[0] == 0.5
+    assert set(sources) == {Source.TEXTS, Source.FRESH, Source.REPLAY}
+    monkeypatch.setattr("decoct.training.loop._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("decoct.training.loop._SAVE_SHARE", 0.0)
+    with pytest.raises(Crash):
+        run(base, tmp_path / "out", watch=stop_after(6), **recipe)
+    assert digests(run(base, tmp_path / "out", **recipe).folder) == digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

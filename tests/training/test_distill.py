@@ -303,6 +303,7 @@ def test_rounded_inputs_are_refused(base: Path) -> None:
         ({"train": []}, "train is empty"),
         ({"train": ["matrices", "lora"]}, "exclude each other"),
         ({"patience": 2}, "patience needs evaluate_every"),
+        ({"replay": 8}, "replay needs evaluate_every"),
         ({"minutes": 0}, "minutes must be more than 0"),
         ({"schedule": "cosin"}, "schedule"),
         ({"warmup": 2.0}, "fractions"),

@@ -32,8 +32,8 @@ def test_loss_and_gradients_are_those_of_the_whole_model(name: str, tmp_path: Pa
             parameter.mul_(1.3)
     other.save_pretrained(tmp_path / "teacher")
     student = student_of(tmp_path / "student")
-    targets = Teacher(open_model(tmp_path / "teacher"), torch.float32).targets(TOKENS)
-    found = student(TOKENS, objective_of("forward_kl"), targets, Batch.of(TOKENS))
+    taught = Teacher(open_model(tmp_path / "teacher"), torch.float32).seen(TOKENS)
+    found = student(TOKENS, objective_of("forward_kl"), taught, Batch.of(TOKENS))
     found.backward()
     for parameter in theirs.parameters():
         parameter.requires_grad_(True)
@@ -108,7 +108,9 @@ def test_a_sum_of_losses() -> None:
         ({"skew_kl": {"alpha": 3.0}}, "loss skew_kl: alpha must lie between 0 and 1"),
         ({"skew_kl": 3}, "loss skew_kl: expected settings"),
         ({}, "loss names nothing"),
-        ("hidden_states", "hidden_states is no loss on predictions"),
+        ({"exits": {"each": "hidden_states"}}, "loss exits: each is one loss on predictions"),
+        ({"exits": {"num_exits": 0}}, "loss exits: num_exits must be at least 1"),
+        ({"relations": {"of": "heads"}}, "loss relations: Input should be 'queries', 'keys' or 'values'"),
     ],
 )
 def test_wrong_losses(stated: object, message: str) -> None:

@@ -216,6 +216,10 @@ class Skeleton:
         path = self.family.module_name(self.family.head).removesuffix(".weight")
         return cast("nn.Module", self._model.get_submodule(path))
 
+    def keep_attention(self) -> None:
+        """Have attention computed so that its probabilities are there: an attention module's second output."""
+        self._model.set_attn_implementation("eager")
+
     def block_parameters(self, index: int) -> set[str]:
         """Names of the parameters that `run_block` needs."""
         return {name for name, _ in self.blocks[index].named_parameters()}

@@ -18,14 +18,18 @@ class Exits:
 
     Attributes:
         each: the loss on the predictions of a depth.
+        num_exits: depths, spread evenly, the whole model among them.
         scale: what earlier exits weigh, between 0 and 1: depth l of L weighs scale · (1 + … + l), the last one
             L - 1 more.
     """
 
     each: PredictionLoss = field(default_factory=ForwardKL)
+    num_exits: int = 4
     scale: float = 0.2
 
     def __post_init__(self) -> None:
+        if self.num_exits < 1:
+            raise ValueError(f"num_exits must be at least 1, not {self.num_exits}")
         if not 0 < self.scale <= 1:
             raise ValueError(f"scale must be positive and at most 1, not {self.scale:g}")
 
@@ -49,6 +53,11 @@ class Exits:
         weights = self.weights(list(students))
         found = [weight * self.each(students[block], teacher, batch, at_once) for block, weight in weights.items()]
         return sum(found[1:], start=found[0])
+
+    def blocks(self, num_blocks: int) -> list[int]:
+        """The blocks behind which a model of so many is to predict, by number from 0."""
+        count = min(self.num_exits, num_blocks)
+        return [(i + 1) * num_blocks // count - 1 for i in range(count)]
 
     def weights(self, blocks: list[int]) -> dict[int, float]:
         """What each exit weighs, by its block; the sum is 1."""

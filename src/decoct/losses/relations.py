@@ -1,6 +1,7 @@
 """Relations of tokens (MiniLMv2, arXiv 2012.15828): how alike queries, keys or values are."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -18,9 +19,11 @@ class Relations(StateLoss):
     both sides, so the models' own numbers of heads may differ. A position's relations are to itself and those before.
 
     Attributes:
+        of: what is compared.
         num_heads: relations for each position.
     """
 
+    of: Literal["queries", "keys", "values"] = "values"
     num_heads: int = 8
 
     def __post_init__(self) -> None:

@@ -38,6 +38,9 @@ class TrainingMethod(ModelMethod):
             `teacher`: it writes the text (arXiv 2305.17888); None: the recipe's data.source, and the teacher's own
             words where that is `self`.
         on_policy: fraction of the steps that learn from what the student writes itself, going on from the text.
+        replay: texts of its own that the student keeps to read again; `on_policy` is then only the share to begin with,
+            which rises by 0.1 whenever the loss on held-out text has risen by 0.1 nats, and of the steps on own texts
+            fewer and fewer write new ones (DistiLLM, arXiv 2402.03898). 0: the share is fixed, every text new.
         train: what is trained. `matrices`: all numbers that the blocks' matrices store, in the form they have; `norms`:
             gains and biases; `ends`: embedding and lm_head; `lora`: a low-rank term beside each matrix, which stays;
             `qa_lora`: a low-rank term that ends in the zero points of quantized matrices; `corrections`: the low-rank
@@ -70,6 +73,7 @@ class TrainingMethod(ModelMethod):
     sequence_length: int | None = None
     data: str | None = None
     on_policy: float = 0.0
+    replay: int = 0
     train: tuple[Trained, ...] = ("matrices", "norms")
     rank: int = 16
     evaluate_every: int = 0
@@ -91,8 +95,8 @@ class TrainingMethod(ModelMethod):
             < 1
         ):
             raise ValueError("num_tokens, num_steps, batch_size, accumulate, rank and held_out must be at least 1")
-        if min(self.evaluate_every, self.patience, self.weight_decay, self.clip) < 0:
-            raise ValueError("evaluate_every, patience, weight_decay and clip must not be negative")
+        if min(self.evaluate_every, self.patience, self.weight_decay, self.clip, self.replay) < 0:
+            raise ValueError("evaluate_every, patience, weight_decay, clip and replay must not be negative")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be more than 0, not {self.minutes}")
         self._check_teachers()
@@ -115,8 +119,15 @@ class TrainingMethod(ModelMethod):
             raise ValueError("learning_rate must lie between 0 and 1: it is relative to the size of a tensor's entries")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and 0 <= self.on_policy <= 1):
             raise ValueError("warmup, decay and on_policy are fractions of the steps, between 0 and 1")
+        if self.replay and not self.evaluate_every:
+            raise ValueError("replay needs evaluate_every: the share of own texts follows the loss on held-out text")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience needs evaluate_every: how many steps lie between two looks at held-out text")
+
+    @property
+    def student_writes(self) -> bool:
+        """Whether steps may learn from what the student writes."""
+        return self.on_policy > 0 or self.replay > 0
 
     def trains(self, what: str) -> bool:
         """Whether `train` names it."""

@@ -18,26 +18,38 @@ _PROMPT = 0.25  # of a sequence of the text: what the student goes on from
 
 @dataclass(frozen=True, slots=True)
 class Lessons:
-    """Batches, one after another; which they are depends on the seed, the step and the student alone.
+    """Batches, one after another; which they are depends on the seed, the step, the student and the mixer alone.
 
     Attributes:
         method: settings.
         text: to learn from, and to go on from.
         student: who writes.
+        mixer: how often it does, and what it has written.
     """
 
     method: TrainingMethod
     text: Text
     student: Student
+    mixer: Mixer
+
+    @classmethod
+    def of(cls, method: TrainingMethod, text: Text, student: Student) -> "Lessons":
+        """Those of a run that begins."""
+        rule = Mixing(
+            share=method.on_policy, adaptive=method.replay > 0, capacity=max(1, method.replay), seed=method.seed
+        )
+        return cls(method, text, student, Mixer(rule))
 
     def batch(self, step: int, part: int, total: int) -> tuple[Int[Tensor, "batch seq"], Batch]:
         """The batch of a step, counted from 0, of `total`; `part` numbers the batches that make up a step."""
         method = self.method
         number = step * method.accumulate + part
         tokens, batch = self.text.batch(number, method.batch_size)
-        mixer = Mixer(Mixing(share=method.on_policy, seed=method.seed))
-        if mixer.choose(step, total) is Source.TEXTS:
+        source = self.mixer.choose(step, total)
+        if source is Source.TEXTS:
             return tokens, batch
+        if source is Source.REPLAY:
+            return collate(self.mixer.replay(number, method.batch_size))
         prompts = self._prompts(tokens, batch)
         end = self.student.model.config.get("eos_token_id") if self.text.counts is not None else None
         rule = Writing(
@@ -47,7 +59,9 @@ class Lessons:
         )
         writer = writer_of(self.student.model, unpacked(self.student))
         seed = method.seed * 1_000_003 + number
-        return collate(write([(writer, 1.0)], prompts, rule, seed))
+        written = write([(writer, 1.0)], prompts, rule, seed)
+        self.mixer.keep(written)
+        return collate(written)
 
     def _prompts(self, tokens: Int[Tensor, "batch seq"], batch: Batch) -> list[list[int]]:
         """What the student goes on from: the prompts, or the first part of each sequence of a plain text."""
@@ -63,9 +77,11 @@ def check_lessons(method: TrainingMethod, objective: Objective) -> None:
     Raises:
         ValueError: MiniLLM's, without texts of the student alone; a teacher that was kept on disk, with them.
     """
-    if method.on_policy and method.keep_teacher:
-        raise ValueError("keep_teacher knows the text alone, not what the student writes; set on_policy: 0")
-    for _, loss in objective.terms:
+    if method.student_writes and method.keep_teacher:
+        raise ValueError(
+            "keep_teacher knows the text alone, not what the student writes; set on_policy and replay to 0"
+        )
+    for loss in objective.predicting:
         if isinstance(loss, MiniLLM) and (method.on_policy < 1 or loss.teacher_share > 0):
             raise ValueError(
                 "minillm learns from texts that the student writes alone; set on_policy: 1.0 and "

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from decoct.engine.stream import Event, OnEvent
 from decoct.engine.tune import CHECKPOINT
-from decoct.losses import Batch, Targets
+from decoct.losses import Batch
 from decoct.methods.training import TrainingMethod
 from decoct.store import open_safetensors, save_safetensors
+from decoct.training.inside import Seen
 from decoct.training.lessons import Lessons
 from decoct.training.network import Student
 from decoct.training.objective import Objective
@@ -39,7 +40,7 @@ class Training:
     Attributes:
         method: settings.
         student: the model.
-        teach: from tokens to what is wanted of them; None where the objective needs no teacher.
+        teach: from tokens to what a teacher makes of them; None where the objective needs no teacher.
         objective: what is lessened.
         text: to train on.
         folder: where checkpoints go.
@@ -49,7 +50,7 @@ class Training:
 
     method: TrainingMethod
     student: Student
-    teach: Callable[[Int[Tensor, "batch seq"]], Targets] | None
+    teach: Callable[[Int[Tensor, "batch seq"]], Seen] | None
     objective: Objective
     text: Text
     folder: Path
@@ -79,7 +80,7 @@ class Trainer:
         self._student, self._adam = self._accelerator.prepare(todo.student, self._optimizer.adam)
         length = todo.text.train.shape[1]
         self.progress = Progress(method.steps(length), todo.text.digest)
-        self._lessons = Lessons(method, todo.text, todo.student)
+        self._lessons = Lessons.of(method, todo.text, todo.student)
         self._restore()
         self._saved, self._save_takes = time.perf_counter(), 0.0
 
@@ -138,8 +139,8 @@ class Trainer:
     def _loss(self, tokens: Int[Tensor, "batch seq"], batch: Batch) -> Tensor:
         """Mean over tokens."""
         todo = self._todo
-        targets = None if todo.teach is None else todo.teach(tokens)
-        return self._student(tokens, todo.objective, targets, batch)  # type: ignore[no-any-return]
+        taught = None if todo.teach is None else todo.teach(tokens)
+        return self._student(tokens, todo.objective, taught, batch)  # type: ignore[no-any-return]
 
     def _clip(self) -> None:
         """Bring the gradients to the largest norm that is allowed; refuse those that are no numbers."""
@@ -155,6 +156,7 @@ class Trainer:
         batches = self._todo.text.looks(method.batch_size)
         losses = [(float(self._loss(tokens, batch)), len(tokens)) for tokens, batch in batches]
         loss = sum(each * count for each, count in losses) / sum(count for _, count in losses)
+        self._lessons.mixer.judged(loss)
         better = loss < progress.best
         progress.looks.append((len(progress.losses), loss))
         progress.stopped = progress.stopped or progress.lost_patience(method.patience)
@@ -172,6 +174,7 @@ class Trainer:
 
     def _save(self) -> None:
         begun = time.perf_counter()
+        self.progress.mixing = self._lessons.mixer.state() if self._todo.method.replay else {}
         tensors = {**self._optimizer.state(), "rng": torch.get_rng_state()}
         save_safetensors(self._todo.folder / CHECKPOINT, tensors, {"progress": self.progress.written()})
         self._saved = time.perf_counter()
@@ -188,6 +191,8 @@ class Trainer:
         tensors = _read(path)
         self._optimizer.restore(tensors, len(self.progress.losses))
         torch.set_rng_state(tensors["rng"])
+        if self.progress.mixing:
+            self._lessons.mixer.restore(self.progress.mixing)
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -1,6 +1,6 @@
 """The student: a model's forward pass whose matrices are views; and the teacher, unpacked once and for all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 from decoct.engine.runner import LaidOut, Runner
 from decoct.losses import Batch, Head, Projected, Targets
 from decoct.model import Model
+from decoct.training.inside import Insides, Noting, Place, Seen
 from decoct.training.objective import Objective
 from decoct.training.views import Vector, View
 
@@ -36,22 +37,23 @@ class TrainedBlock(nn.Module):
     def __init__(
         self,
         runner: Runner,
+        noting: Noting,
         block: int,
         views: Mapping[str, View],
         vectors: Mapping[str, Vector],
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self._runner, self._block, self._dtype = runner, block, dtype
+        self._runner, self._noting, self._block, self._dtype = runner, noting, block, dtype
         self.matrices, self.vectors = Named(views), Named(vectors)
         model = runner.model
         self._fixed = {name: model.tensor(name).float() for name in model.others(block) if name not in vectors}
 
     @override
-    def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
-        """The block's output."""
+    def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> tuple[Tensor, ...]:
+        """The block's output, and what is wanted of its inside."""
         given = {**self.matrices(self._dtype), **self.vectors(torch.float32), **self._fixed}
-        return self._runner.run(self._block, self._runner.lay_out_given(self._block, given), hidden)
+        return self._noting.run(self._block, self._runner.lay_out_given(self._block, given), hidden)
 
 
 class Student(nn.Module):
@@ -73,6 +75,7 @@ class Student(nn.Module):
         dtype: torch.dtype,
         *,
         recompute: bool,
+        insides: Insides | None = None,
     ) -> None:
         """Lay out a model.
 
@@ -82,55 +85,90 @@ class Student(nn.Module):
             vectors: those other tensors that are trained, by full name.
             dtype: what products are computed in.
             recompute: run each block again for its gradient instead of keeping what it computed.
+            insides: losses on inner states.
         """
         super().__init__()
         self.model, self.views, self.vectors = model, dict(views), dict(vectors)
         self._dtype, self._recompute = dtype, recompute
         self._runner = Runner(model, torch.float32)
+        self.insides = insides
+        noting = Noting(self._runner, () if insides is None else insides.student_wants)
+        self._noting = noting
         self.blocks = nn.ModuleList()
         for block in range(model.num_blocks):
             names = [model.prefix(block) + slot.name for slot in model.block_slots]
             mine = {name: vectors[name] for name in model.others(block) if name in vectors}
-            self.blocks.append(TrainedBlock(self._runner, block, {n: views[n] for n in names}, mine, dtype))
+            self.blocks.append(TrainedBlock(self._runner, noting, block, {n: views[n] for n in names}, mine, dtype))
         self.ends = Named({slot.name: views[slot.name] for slot in model.end_slots})
         self.outside = Named({name: vectors[name] for name in model.others(None) if name in vectors})
 
     @override
     def forward(
-        self, tokens: Int[Tensor, "batch seq"], objective: Objective, targets: Targets | None, batch: Batch
+        self, tokens: Int[Tensor, "batch seq"], objective: Objective, taught: Seen | None, batch: Batch
     ) -> Float[Tensor, ""]:
-        """The loss of a batch, given what is wanted of it."""
+        """The loss of a batch, given what a teacher made of it."""
+        seen = self.seen(tokens, objective.exit_blocks(self.model.num_blocks))
+        own, wanted = seen.predictions, None if taught is None else taught.predictions
+        assert isinstance(own, Projected)
+        loss = objective(own, wanted, batch, seen.exits)
+        if self.insides is None or taught is None:
+            return loss
+        inner: Tensor = self.insides(seen.inside, taught.inside, batch.weights.reshape(tokens.shape))
+        return loss + inner
+
+    def seen(self, tokens: Int[Tensor, "batch seq"], exits: Sequence[int] = ()) -> Seen:
+        """What it makes of a batch; predictions also behind the blocks whose numbers are given."""
+        inside: dict[Place, Tensor] = {}
+        finals: dict[int, Tensor] = {}
         with autocast(self._dtype):
             ends, others = self.ends(self._dtype), self.outside(torch.float32)
             hidden = self._runner.embed(tokens, ends[self.model.family.embed], others).float()
-            for block in self.blocks:
+            for number, block in enumerate(self.blocks):
                 if self._recompute and torch.is_grad_enabled():
-                    hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
+                    hidden, *noted = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    hidden = block(hidden)
-            final = self._runner.final(hidden, others)
-        matrix = ends[self.model.end_slots[-1].name]
-        return objective(Projected(final.flatten(0, 1), head_of(self.model, matrix)), targets, batch)
+                    hidden, *noted = block(hidden)
+                inside |= {(number, what): each for what, each in zip(self._noting.wants(number), noted, strict=True)}
+                if number in exits or number == len(self.blocks) - 1:
+                    finals[number] = self._runner.final(hidden, others)
+        head = head_of(self.model, ends[self.model.end_slots[-1].name])
+        behind = {number: Projected(final.flatten(0, 1), head) for number, final in finals.items()}
+        return Seen(behind[len(self.blocks) - 1], inside, behind)
 
 
 class Teacher:
     """A model whose predictions are wanted; its matrices are unpacked once, in the compute dtype."""
 
-    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype, wants: Iterable[Place] = ()) -> None:
+        """Unpack a model.
+
+        Args:
+            model: as it is stored.
+            dtype: what products are computed in.
+            wants: what is wanted of its inside.
+        """
         self._model, self._dtype = model, dtype
         self._runner = Runner(model, torch.float32)
+        self._noting = Noting(self._runner, wants)
         self._ends = {slot.name: model.weight(slot.name).unpack(dtype) for slot in model.end_slots}
         self._blocks = [self._laid_out(block) for block in range(model.num_blocks)]
 
-    @torch.no_grad()
     def targets(self, tokens: Int[Tensor, "batch seq"]) -> Targets:
         """What it predicts for each token."""
+        return self.seen(tokens).predictions
+
+    @torch.no_grad()
+    def seen(self, tokens: Int[Tensor, "batch seq"]) -> Seen:
+        """What it predicts, and what is wanted of its inside."""
+        inside: dict[Place, Tensor] = {}
         with autocast(self._dtype):
             hidden = self._runner.embed(tokens, self._ends[self._model.family.embed]).float()
             for block, laid in enumerate(self._blocks):
-                hidden = self._runner.run(block, laid, hidden)
+                hidden, *noted = self._noting.run(block, laid, hidden)
+                inside |= {(block, what): each for what, each in zip(self._noting.wants(block), noted, strict=True)}
             final = self._runner.final(hidden)
-        return Projected(final.flatten(0, 1), head_of(self._model, self._ends[self._model.end_slots[-1].name]))
+        head = head_of(self._model, self._ends[self._model.end_slots[-1].name])
+        return Seen(Projected(final.flatten(0, 1), head), inside)
 
     def _laid_out(self, block: int) -> LaidOut:
         model = self._model

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from decoct.training.network import Student
+from decoct.training.views.size import typical_size
 
 _BETAS, _EPS = (0.9, 0.95), 1e-12  # a mean loss's gradients by single entries are tiny: the usual 1e-8 would slow them
 _MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
@@ -33,6 +34,8 @@ class Optimizer:
             sizes += view.units()
         matrices = len(sizes)
         sizes += [(vector.values, vector.unit) for vector in student.vectors.values()]
+        if student.insides is not None:
+            sizes += [(matrix, typical_size(matrix.detach())) for matrix in student.insides.parameters()]
         if not sizes:
             raise ValueError("nothing of this model is trained; name more in `train`")
         # Decay is by rate times decay, whatever the tensor's size.

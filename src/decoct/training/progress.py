@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from decoct.methods.training import TrainingMethod
 
@@ -18,6 +19,7 @@ class Progress:
         seconds: spent in steps, over all processes.
         settled: whether `total` has been fitted to the minutes that are allowed.
         stopped: whether training is over before `total`.
+        mixing: how often the student reads its own texts, and those that it keeps; empty where that is fixed.
     """
 
     total: int
@@ -27,6 +29,7 @@ class Progress:
     seconds: float = 0.0
     settled: bool = False
     stopped: bool = False
+    mixing: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, text: str) -> "Progress":

@@ -1,9 +1,11 @@
 """Training as a stage of a recipe: planned, run, resumed, written."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import override
 
 from decoct.engine.plan import Group, Plan, StepRules, make_plan
@@ -14,13 +16,14 @@ from decoct.engine.tune import CHECKPOINT
 from decoct.engine.write import contents, shard_name, write_shard
 from decoct.methods import name_of
 from decoct.methods.training import TrainingMethod
+from decoct.training.inside import Insides, Seen
 from decoct.training.lessons import check_lessons
 from decoct.training.loop import Trainer, Training, read_progress
-from decoct.training.network import Student
+from decoct.training.network import Student, Teacher
 from decoct.training.objective import objective_of
 from decoct.training.plan import numbers_of, plan_training
-from decoct.training.teachers import kept_teacher, teach_of, teachers_of
-from decoct.training.text import TEACHER, read_text, source_of
+from decoct.training.teachers import kept_teacher, predicting, teach_of, teachers_of
+from decoct.training.text import TEACHER, length_of, read_text, source_of
 from decoct.training.views.choose import Becoming, changes_form, vectors_of, views_of
 
 
@@ -43,6 +46,10 @@ class TrainStage(OwnStage):
         taught = objective.needs_teacher or source_of(self.method, before.data) == TEACHER
         teachers = teachers_of(self.method, before.original) if taught else ()
         numbers = numbers_of(before, self.method)
+        if objective.inner:
+            insides, length = Insides(objective, before.model, teachers[0]), length_of(self.method, before.data)
+            more = insides.nbytes(before.model, self.method.batch_size * length, length)
+            numbers = replace(numbers, held=numbers.held + more)
         groups = (Group("all", len(before.model.slots()), numbers.trained, (self.method,)),)
         found = replace(plan_training(before, self.method, teachers, numbers, groups), kind=name_of(self.method))
         if not self.steps():
@@ -92,14 +99,18 @@ class TrainStage(OwnStage):
         writes = source_of(method, given.data) == TEACHER
         teachers = teachers_of(method, given.original) if objective.needs_teacher or writes else ()
         text = read_text(method, given.data, model, teachers[0] if teachers else None, given.message)
-        teach = None
-        if objective.needs_teacher and method.keep_teacher:
-            teach = kept_teacher(method, teachers, model, dtype, text.all, given.folder)
+        insides = Insides(objective, model, teachers[0]) if objective.inner else None
+        teach: Callable[[Tensor], Seen] | None = None
+        if insides is not None:
+            teach = Teacher(teachers[0], dtype, insides.teacher_wants).seen
         elif objective.needs_teacher:
-            teach = teach_of(method, teachers, model, dtype)
-        student = Student(
-            model, views_of(model, method), vectors_of(model, method), dtype, recompute=not given.plan.in_memory
-        )
+            teach = predicting(
+                kept_teacher(method, teachers, model, dtype, text.all, given.folder)
+                if method.keep_teacher
+                else teach_of(method, teachers, model, dtype)
+            )
+        views, vectors = views_of(model, method), vectors_of(model, method)
+        student = Student(model, views, vectors, dtype, recompute=not given.plan.in_memory, insides=insides)
         todo = Training(method, student, teach, objective, text, given.folder, given.on_event, given.message)
         Trainer(todo).run()
         return student

@@ -1,6 +1,6 @@
 """Which models teach, whether they can, and how they become one teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from decoct.losses import ULD, CachedKL
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model, open_model
 from decoct.teachers import CachedTeacher, OtherTokenizer, Several, Teach, identity, same_tokenizer, write_cache
+from decoct.training.inside import Seen
 from decoct.training.network import Teacher
 from decoct.training.objective import objective_of
 
@@ -26,7 +27,8 @@ def teachers_of(method: TrainingMethod, original: Model) -> tuple[Model, ...]:
         ValueError: there is no such model, it is compressed itself and was not named, or reads other tokens, and the
             loss is not made for that.
     """
-    losses = [type(loss) for _, loss in objective_of(method.loss).terms]
+    objective = objective_of(method.loss)
+    losses = [type(loss) for loss in objective.predicting]
     if (CachedKL in losses) != (method.keep_teacher > 0):
         raise ValueError("the loss cached_kl and the setting keep_teacher (tokens to keep, such as 64) need each other")
     if method.teacher is None:
@@ -36,10 +38,12 @@ def teachers_of(method: TrainingMethod, original: Model) -> tuple[Model, ...]:
                 "made from: --set teacher=BASE"
             )
         return (original,)
+    if objective.inner and (method.keep_teacher or isinstance(method.teacher, tuple)):
+        raise ValueError("losses on inner states need one teacher, which runs in every step (keep_teacher: 0)")
     names = (method.teacher,) if isinstance(method.teacher, str) else method.teacher
     found = tuple(open_model(name) for name in names)
     for teacher in found:
-        if not _reads_alike(original, teacher) and (len(found) > 1 or losses != [ULD]):
+        if not _reads_alike(original, teacher) and (len(found) > 1 or losses != [ULD] or objective.inner):
             raise ValueError(
                 f"{teacher.source.label} has another tokenizer than {original.source.label}, so their predictions "
                 "cannot be compared; take a teacher of the same family, or set loss=uld"
@@ -57,6 +61,11 @@ def teach_of(method: TrainingMethod, teachers: Sequence[Model], student: Model, 
     if _reads_alike(student, teachers[0]):
         return teach
     return OtherTokenizer(teach, load_tokenizer(student), load_tokenizer(teachers[0]))
+
+
+def predicting(teach: Teach) -> Callable[[Int[Tensor, "batch seq"]], Seen]:
+    """A teacher of whom nothing but predictions is wanted."""
+    return lambda tokens: Seen(teach(tokens))
 
 
 def kept_teacher(
