@@ -1,6 +1,6 @@
 """Another engine's probabilities beside ours, on tokens that the engine chose itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def dense_weights(read: Callable[[str], Tensor]) -> Callable[[str], Weight]:
     return lambda name: Dense.of(read(name))
 
 
-def shapes_check(name: str, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> Check:
+def shapes_check(name: str, wanted: Mapping[str, tuple[object, ...]], found: Mapping[str, tuple[object, ...]]) -> Check:
     """Whether a file has the tensors that it should have, and no others."""
     lacking = sorted(wanted.keys() - found.keys())
     strange = sorted(found.keys() - wanted.keys())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from decoct.exporters.folder import write_folder
+from decoct.exporters.fused import check_fused
 from decoct.exporters.misfit import MisfitError
 from decoct.model import Model
 from decoct.ops.minifloat import ELEMENTS
@@ -109,7 +110,7 @@ def find_schemes(model: Model, *, fold: bool) -> dict[str, Scheme | None]:
             _KINDS,
             "export it as dense instead",
         )
-    _check_fused(model, schemes)
+    check_fused(model, schemes)
     return schemes
 
 
@@ -191,24 +192,6 @@ def _float_scheme(description: dict[str, Any]) -> Scheme | _Misfit:
     if scheme is not None:
         return scheme
     return _Misfit(f"{element} numbers with {scale_kind} scales for blocks of {size}", "leave mxfp's group_size out")
-
-
-def _check_fused(model: Model, schemes: dict[str, Scheme | None]) -> None:
-    """Engines load q, k, v as one matrix, and gate, up as one: each group must have one scheme."""
-    for block in range(model.num_blocks):
-        found: dict[tuple[str, str], dict[str, Scheme | None]] = {}
-        for slot in model.block_slots:
-            if slot.role in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"):
-                group = (slot.reads, slot.role.split(".")[0])
-                found.setdefault(group, {})[slot.role] = schemes[model.prefix(block) + slot.name]
-        for members in found.values():
-            if len(set(members.values())) > 1:
-                raise MisfitError(
-                    f"block {block}: {', '.join(members)} have different schemes, but vLLM and SGLang load them as one "
-                    "matrix",
-                    "give them the same method",
-                    "give them the same method, or export as dense",
-                )
 
 
 def _pack(stem: str, weight: Weight) -> dict[str, Tensor]:

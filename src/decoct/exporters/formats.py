@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decoct.exporters import compressed_tensors, dense, gguf, peft
+from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, peft
 from decoct.exporters.in_peft import verify_in_peft
 from decoct.exporters.in_transformers import verify_in_transformers
 from decoct.exporters.report import Check
@@ -108,6 +108,27 @@ def _verify_gguf(request: Request) -> Verified:
     return gguf.verify_gguf(plan, request.out, load=request.load)
 
 
+_NO_ENGINE = "no engine that reads it is run here; what was written was read back"
+
+
+def _write_gptq(request: Request) -> tuple[str, ...]:
+    return gptq.write_gptq(gptq.plan_gptq(request.model, request.variant, fold=request.fold), request.out)
+
+
+def _verify_gptq(request: Request) -> Verified:
+    plan = gptq.plan_gptq(request.model, request.variant, fold=request.fold)
+    return [*gptq.verify_gptq(plan, request.out), Check("load", ok=None, detail=_NO_ENGINE)], None
+
+
+def _write_awq(request: Request) -> tuple[str, ...]:
+    return awq.write_awq(awq.plan_awq(request.model, fold=request.fold), request.out)
+
+
+def _verify_awq(request: Request) -> Verified:
+    checks = awq.verify_awq(awq.plan_awq(request.model, fold=request.fold), request.out)
+    return [*checks, Check("load", ok=None, detail=_NO_ENGINE)], None
+
+
 EXPORTERS: dict[str, Exporter] = {
     "compressed_tensors": Exporter(
         lambda model, _, fold: compressed_tensors.find_schemes(model, fold=fold),
@@ -123,4 +144,11 @@ EXPORTERS: dict[str, Exporter] = {
         tuple(gguf.VARIANTS),
         ".gguf",
     ),
+    "gptq": Exporter(
+        lambda model, variant, fold: gptq.plan_gptq(model, variant, fold=fold),
+        _write_gptq,
+        _verify_gptq,
+        gptq.VARIANTS,
+    ),
+    "awq": Exporter(lambda model, _, fold: awq.plan_awq(model, fold=fold), _write_awq, _verify_awq),
 }

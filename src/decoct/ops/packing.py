@@ -1,7 +1,7 @@
 """Dense bit packing: integers of 1 to 8 bits stored as one contiguous stream, so three bits take three bits."""
 
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, Int32, UInt8
 from torch import Tensor
 
 _LANES = 8  # eight codes of b bits fill exactly b bytes, whatever b is
@@ -95,3 +95,21 @@ def _pack_straddling(lanes: UInt8[Tensor, "*rows groups 8"], bits: int) -> UInt8
         word |= wide[..., k] << (bits * k)
     shifts = torch.arange(bits, device=lanes.device) * 8
     return ((word.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8)
+
+
+def pack_words(codes: Int[Tensor, "*rows n"], bits: int) -> Int32[Tensor, "*rows words"]:
+    """The stream of `pack_bits` as words of 32 bits, the first code lowest.
+
+    Raises:
+        ValueError: `bits` is not in 1..8, or the codes do not fill whole words.
+    """
+    if codes.shape[-1] * bits % 32:
+        raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole words of 32 bits")
+    packed = pack_bits(codes, bits)
+    return packed.reshape(*packed.shape[:-1], -1, 4).contiguous().view(torch.int32).squeeze(-1)
+
+
+def unpack_words(words: Int32[Tensor, "*rows words"], bits: int) -> UInt8[Tensor, "*rows n"]:
+    """Undo `pack_words`."""
+    stream = words.contiguous().unsqueeze(-1).view(torch.uint8).flatten(-2)
+    return unpack_bits(stream, bits, words.shape[-1] * 32 // bits)

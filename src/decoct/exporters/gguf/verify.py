@@ -92,7 +92,7 @@ class GgufReader:
             name: (*(int(n) for n in reversed(tensor.shape)), tensor.tensor_type.name)
             for name, tensor in self._found.items()
         }
-        return shapes_check("tensors", wanted, found)  # type: ignore[arg-type]
+        return shapes_check("tensors", wanted, found)
 
     def check_values(self) -> list[Check]:
         """Each matrix beside ours: those held exactly must be the same, of the others the error is told."""

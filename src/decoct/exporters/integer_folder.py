@@ -1,0 +1,213 @@
+"""Folders of integers in groups: which matrices take them, and whether what was written is what we have."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoct.exporters.compare import shapes_check
+from decoct.exporters.fused import check_fused
+from decoct.exporters.integer_formats import IntegerFormat, holders
+from decoct.exporters.integers import Integers, form_of, integers_of
+from decoct.exporters.misfit import MisfitError
+from decoct.exporters.report import Check
+from decoct.model import Model
+from decoct.store import FolderSource, open_source
+from decoct.weights import QuantizedInput, Weight, described_kinds
+
+_ROUNDED = 2.0**-10  # of a matrix: scales are rounded to 16 bits
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one matrix is written.
+
+    Attributes:
+        bits: of a code.
+        group_size: as the format has it, -1 for one scale a row.
+        symmetric: whether the middle code stands for zero everywhere.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def columns(self, width: int) -> int:
+        """Input features that share a scale in the file."""
+        return width if self.group_size < 0 else self.group_size
+
+
+Layouts = dict[str, Layout | None]
+
+
+def choose_layouts(model: Model, into: IntegerFormat, *, fold: bool) -> Layouts:
+    """Each slot's layout by full name; None: it is written uncompressed. Looks at descriptions alone.
+
+    Args:
+        model: what is to be written, or what a recipe is expected to make.
+        into: the format.
+        fold: write uncompressed what it cannot hold; leave out what it cannot say.
+
+    Raises:
+        MisfitError: a weight or a cache policy that it cannot express, matrices that engines fuse but that would be
+            stored differently, or nothing that it can hold at all.
+    """
+    if model.cache is not None and not fold:
+        (policy,) = model.cache["policy"]
+        what = f"{into.title} cannot say that keys and values are kept by {policy}"
+        raise MisfitError(what, "leave the cache stage out", "add --fold to leave that out")
+    layouts = {name: _layout(model, name, into, fold=fold) for name in model.slots()}
+    if not any(layouts.values()):
+        what = f"{model.source.label} has no quantized weights that {into.title} can hold"
+        raise MisfitError(what, "quantize to integers by groups (such as rtn or gptq)", "export it as dense instead")
+    check_fused(model, layouts)
+    return layouts
+
+
+def _layout(model: Model, name: str, into: IntegerFormat, *, fold: bool) -> Layout | None:
+    description = model.described.get(name)
+    if description is None:
+        return None
+    rounds = QuantizedInput.kind in described_kinds(description)
+    if rounds and not fold:
+        what = f"{into.title} cannot say that the inputs of {name} are rounded"
+        raise MisfitError(what, "leave the step inputs out", "add --fold to leave that out")
+    description = without_inputs(description)
+    found = _fit(model, name, description, into)
+    if isinstance(found, Layout):
+        return found
+    if fold:
+        return None
+    reason, wanted = found
+    wanted = f"{wanted}{_or_elsewhere(model, name, description, into)}"
+    advice = f"{wanted}, or add --fold to write such weights uncompressed"
+    raise MisfitError(f"{into.title} cannot hold {name}: it is {reason}", wanted, advice)
+
+
+def without_inputs(description: dict[str, Any]) -> dict[str, Any]:
+    """A description without the rounding of its inputs."""
+    while description["kind"] == QuantizedInput.kind:
+        description = description["inner"]
+    return description
+
+
+def _fit(model: Model, name: str, description: dict[str, Any], into: IntegerFormat) -> Layout | tuple[str, str]:
+    """The layout, or why there is none and what would have one."""
+    slot, form = model.slots()[name], form_of(description)
+    shape = (model.shape(name)[0], model.shape(name)[1])
+    if form is None:
+        kind = description["kind"]
+        return f"a {kind} weight", "quantize to integers by groups or channels (such as rtn or gptq)"
+    if slot.role in ("embed", "lm_head") and not into.ends:
+        return f"a quantized {slot.role}, which its readers do not all load", f"leave {slot.role} uncompressed"
+    if slot.transposed or slot.param is not None:
+        return "a layer that is no plain Linear", f"leave {slot.role} uncompressed"
+    misfit = into.misfit(form, shape)
+    if misfit is not None:
+        return misfit
+    size = into.group_size(form, shape)
+    assert size is not None
+    return Layout(form.bits, size, form.zero == "middle" and not into.zeros_always)
+
+
+def _or_elsewhere(model: Model, name: str, description: dict[str, Any], into: IntegerFormat) -> str:
+    """The nearest other format that holds a weight as it is."""
+    shape = (model.shape(name)[0], model.shape(name)[1])
+    found = [each for each in holders(description, shape) if each != into.name]
+    return f", export as {found[0]}, which holds it" if found else ", export as dense"
+
+
+def notes_of(model: Model, layouts: Layouts) -> tuple[str, ...]:
+    """What a user should know of how integers were laid out."""
+    held = [name for name, layout in layouts.items() if layout is not None]
+    left = [name for name in model.described if name in layouts and layouts[name] is None]
+    said = f"{len(held)} of {len(layouts)} matrices hold decoct's own integers"
+    notes = [said + (f", {len(left)} that were compressed are written uncompressed" if left else "")]
+    smaller: Counter[tuple[int, int]] = Counter()
+    for name in held:
+        layout, form = layouts[name], form_of(without_inputs(model.described[name]))
+        assert layout is not None
+        assert form is not None
+        size = layout.columns(model.shape(name)[1])
+        smaller[form.group_size, size] += size != form.group_size
+    notes += [f"groups of {old} are written as {new}, scales repeated ({n})" for (old, new), n in smaller.items() if n]
+    return tuple(notes)
+
+
+def in_float16(scale: Tensor, name: str) -> Tensor:
+    """Scales in float16.
+
+    Raises:
+        ValueError: one is too large, or so small that it would be zero.
+    """
+    rounded = scale.to(torch.float16)
+    if not bool(rounded.isfinite().all()) or bool(((rounded == 0) & (scale != 0)).any()):
+        raise ValueError(f"{name} has scales that float16 cannot hold; export as compressed_tensors or gguf")
+    return rounded
+
+
+def uncompressed(model: Model, name: str) -> dict[str, Tensor]:
+    """A matrix as it is, in the model's own dtype."""
+    matrix = model.weight(name).unpack(model.dtype)
+    return {name: matrix.T if model.slots()[name].transposed else matrix}
+
+
+def grouped(weight: Weight, layout: Layout) -> Integers:
+    """A weight's integers in the groups that are written."""
+    while isinstance(weight, QuantizedInput):
+        weight = weight.inner
+    return integers_of(weight).regrouped(layout.columns(weight.shape[1]))
+
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor."""
+
+
+def verify_folder(
+    model: Model, out: Path, layouts: Layouts, wanted: Callable[[str], dict[str, Kind]], matrix: Callable[..., Tensor]
+) -> list[Check]:
+    """Whether a folder has the tensors that it should have, and our values in them.
+
+    Args:
+        model: what was written.
+        out: the folder.
+        layouts: how.
+        wanted: the tensors of a matrix in integers, by its full name.
+        matrix: its values, float32 [out, in], from its full name and what reads a tensor of the folder.
+    """
+    source = open_source(out)
+    assert isinstance(source, FolderSource)
+    expected: dict[str, Kind] = {}
+    for name, layout in layouts.items():
+        if layout is None:
+            shape = model.shape(name)
+            stored = shape[::-1] if model.slots()[name].transposed else shape
+            expected[name] = (stored, model.dtype)
+        else:
+            expected |= wanted(name)
+    for block in (None, *range(model.num_blocks)):
+        expected |= {name: (model.shape(name), model.tensor(name).dtype) for name in model.others(block)}
+    found = {name: (source.shape(name), source.dtype(name)) for name in source.names()}
+    tensors = shapes_check("tensors", _flat(expected), _flat(found))
+    return [tensors, _check_values(model, layouts, lambda name: matrix(name, source.read))] if tensors.ok else [tensors]
+
+
+def _check_values(model: Model, layouts: Layouts, matrix: Callable[[str], Tensor]) -> Check:
+    worst, worst_name = 0.0, ""
+    for name, layout in layouts.items():
+        if layout is None:
+            continue
+        ours, theirs = model.weight(name).unpack(torch.float32), matrix(name)
+        error = float((theirs - ours).norm() / ours.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        if not worst_name or error > worst:
+            worst, worst_name = error, name
+    return Check("exact values", worst <= _ROUNDED, f"largest relative error {worst:.1e} ({worst_name})")
+
+
+def _flat(kinds: dict[str, Kind]) -> dict[str, tuple[object, ...]]:
+    return {name: (*shape, str(dtype)) for name, (shape, dtype) in kinds.items()}
