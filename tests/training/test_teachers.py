@@ -128,6 +128,6 @@ def test_prompts_are_read_and_not_taught(base: Path, tmp_path: Path) -> None:
     assert trained(base, tmp_path / "out", data=str(path), loss="cross_entropy").exists()
     (prompts, what) = text.batch(0, 3)
     student = SimpleNamespace(model=open_model(base))
-    found = Lessons(method, text, student)._prompts(prompts, what)  # type: ignore[arg-type]
+    found = Lessons.of(method, text, student)._prompts(prompts, what)  # type: ignore[arg-type]
     assert found == [tokens[0, :3].tolist()] * 3, "BOS, the prompt's letter, the line's end"
     assert trained(base, tmp_path / "own", data=str(path), on_policy=1.0, num_steps=1).exists()
