@@ -283,7 +283,13 @@ def evaluate(
 
 
 def export(
-    model: str | Path | Model, to: str, out: str | Path, *, fold: bool = False, load: bool = True
+    model: str | Path | Model,
+    to: str,
+    out: str | Path,
+    *,
+    fold: bool = False,
+    load: bool = True,
+    tensor_parallel: int | None = None,
 ) -> ExportReport:
     """Write a model in another engine's format, and see whether that engine reads it as decoct does.
 
@@ -293,6 +299,7 @@ def export(
         out: its folder, or file.
         fold: write as dense, or round again, what the format cannot hold.
         load: try the result in the engine that it is for, where that is installed.
+        tensor_parallel: devices among which vLLM is to divide it; refused if it could not.
 
     Returns:
         What was checked; `ok` is False where something differs.
@@ -301,7 +308,7 @@ def export(
         ValueError: see `export_model`.
     """
     _check_format(to)
-    return export_model(open_model(model), to, Path(out), fold=fold, load=load)
+    return export_model(open_model(model), to, Path(out), fold=fold, load=load, tensor_parallel=tensor_parallel)
 
 
 def list_methods() -> tuple[MethodInfo, ...]:

@@ -217,7 +217,7 @@ class Console:
         for note in found.notes:
             self.line(f"  {note}")
         for check in found.checks:
-            word = {True: "ok", False: "differs", None: "not checked"}[check.ok]
+            word = "warning" if check.warning else {True: "ok", False: "differs", None: "not checked"}[check.ok]
             self.line(f"  {check.name}: {word}; {check.detail}")
         if found.text is not None:
             self.line(f"  it goes on: {found.text!r}")

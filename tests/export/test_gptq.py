@@ -80,7 +80,7 @@ def test_integers_are_written_as_they_are(what: str, tmp_path: Path) -> None:
     out = compress(tmp_path, {"linear": {"match": match, "rtn": grid}}, num_hidden_layers=1)
     report = decoct.export(out, "gptq", tmp_path / "gptq")
     assert report.ok
-    assert {check.name for check in report.checks} == {"tensors", "exact values", "load"}
+    assert {"tensors", "exact values", "load"} < {check.name for check in report.checks}
     assert "largest relative error 0.0e+00" in report.checks[1].detail
     config = config_of(tmp_path / "gptq")
     symmetric = grid.get("symmetric", True)

@@ -8,7 +8,9 @@ from torch import Tensor
 from decoct.exporters.formats import EXPORTERS, Exporter, Request
 from decoct.exporters.misfit import MisfitError
 from decoct.exporters.report import Check, ExportReport, report_path, size_of
+from decoct.exporters.vllm_rules import Stored, check_for_vllm, check_tensor_parallel
 from decoct.model import Model
+from decoct.store import read_json
 
 FORMATS: tuple[str, ...] = tuple(EXPORTERS)
 
@@ -21,6 +23,7 @@ def export_model(
     fold: bool = False,
     load: bool = True,
     importance: dict[str, Tensor] | None = None,
+    tensor_parallel: int | None = None,
 ) -> ExportReport:
     """Write a model in another engine's format, and see whether that engine reads it as we do.
 
@@ -31,6 +34,7 @@ def export_model(
         fold: write as dense what the format cannot express, round again what a type cannot hold, instead of refusing.
         load: try the result in the engine that it is for, where that is installed.
         importance: of each input feature, by slot, for types that are fitted; None: all alike.
+        tensor_parallel: devices among which vLLM is to divide it; refused if it could not.
 
     Returns:
         The report, also saved beside the export. Where something differs, `ok` is False and nothing is removed.
@@ -41,9 +45,14 @@ def export_model(
     exporter, variant = find_exporter(to)
     request = Request(model, variant, out, fold, load, importance or {})
     exporter.check(model, variant, fold)
+    stored = None if exporter.stored is None else exporter.stored(model, fold)
+    _check_devices(to, model, stored, tensor_parallel)
     _refuse_occupied(exporter, out)
     notes = exporter.write(request)
     checks, text = exporter.verify(request)
+    if stored is not None:
+        written = read_json(out / "config.json")["quantization_config"]
+        checks += check_for_vllm(model, to.partition(":")[0], stored, written)
     report = ExportReport(to, out, size_of(out), notes, tuple(checks), text)
     report.save()
     return report
@@ -107,6 +116,16 @@ def place(folder: Path, to: str) -> Path:
 def is_finished(path: Path) -> bool:
     """Whether an export at a place was written and looked at to the end."""
     return report_path(path).exists()
+
+
+def _check_devices(to: str, model: Model, stored: list[Stored] | None, devices: int | None) -> None:
+    if devices is None:
+        return
+    if stored is None:
+        raise ValueError(f"vLLM divides compressed_tensors, gptq and awq, not {to}; leave tensor-parallel out")
+    if devices < 1:
+        raise ValueError(f"tensor-parallel must be 1 or more, not {devices}")
+    check_tensor_parallel(model, stored, devices)
 
 
 def _nearest(name: str, known: tuple[str, ...], before: str = "") -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from decoct.exporters.folder import write_folder
 from decoct.exporters.fused import check_fused
 from decoct.exporters.misfit import MisfitError
+from decoct.exporters.vllm_rules import Stored
 from decoct.model import Model
 from decoct.ops.minifloat import ELEMENTS
 from decoct.ops.packing import pack_bits
@@ -112,6 +113,26 @@ def find_schemes(model: Model, *, fold: bool) -> dict[str, Scheme | None]:
         )
     check_fused(model, schemes)
     return schemes
+
+
+def stored_matrices(model: Model, *, fold: bool) -> list[Stored]:
+    """What vLLM's rules go by, for every quantized matrix.
+
+    Raises:
+        MisfitError: see `find_schemes`.
+    """
+    slots, found = model.slots(), []
+    for name, scheme in find_schemes(model, fold=fold).items():
+        if scheme is None:
+            continue
+        size = {"channel": -1, "tensor": None}.get(scheme.strategy, scheme.group_size)
+        inputs = "" if scheme.inputs is None else f"{scheme.inputs.type}{scheme.inputs.bits}"
+        number = "int" if scheme.type == "int" else scheme.format
+        words = ("in",) if scheme.format == "pack-quantized" else ()
+        out, cols = model.shape(name)
+        role, symmetric = slots[name].role, scheme.symmetric
+        found.append(Stored(name, role, (out, cols), scheme.bits, size, symmetric, number, inputs, words))
+    return found
 
 
 def _scheme(model: Model, name: str, *, fold: bool) -> Scheme | None:

@@ -9,7 +9,9 @@ from torch import Tensor
 from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, peft
 from decoct.exporters.in_peft import verify_in_peft
 from decoct.exporters.in_transformers import verify_in_transformers
+from decoct.exporters.integer_folder import stored_integers
 from decoct.exporters.report import Check
+from decoct.exporters.vllm_rules import Stored
 from decoct.model import Model
 
 
@@ -46,6 +48,8 @@ class Exporter:
         check: refuses a model (given its variant, and whether to fold) by descriptions alone.
         write: writes it; gives notes for the user.
         verify: tries what was written.
+        stored: the matrices that vLLM would load quantized, of a model (given whether to fold); None: it reads no such
+            folders.
         variants: what may stand after its name and a colon.
         suffix: of the file; "" where the export is a folder.
     """
@@ -53,6 +57,7 @@ class Exporter:
     check: Callable[[Model, str | None, bool], object]
     write: Callable[[Request], tuple[str, ...]]
     verify: Callable[[Request], Verified]
+    stored: Callable[[Model, bool], list[Stored]] | None = None
     variants: tuple[str, ...] = ()
     suffix: str = ""
 
@@ -134,6 +139,7 @@ EXPORTERS: dict[str, Exporter] = {
         lambda model, _, fold: compressed_tensors.find_schemes(model, fold=fold),
         _write_compressed_tensors,
         _verify_compressed_tensors,
+        lambda model, fold: compressed_tensors.stored_matrices(model, fold=fold),
     ),
     "dense": Exporter(lambda model, _, fold: dense.check_dense(model, fold=fold), _write_dense, _verify_dense),
     "peft": Exporter(lambda model, _, fold: peft.check_peft(model, fold=fold), _write_peft, _verify_peft),
@@ -141,14 +147,20 @@ EXPORTERS: dict[str, Exporter] = {
         lambda model, variant, fold: gguf.plan_gguf(model, variant, fold=fold),
         _write_gguf,
         _verify_gguf,
-        tuple(gguf.VARIANTS),
-        ".gguf",
+        variants=tuple(gguf.VARIANTS),
+        suffix=".gguf",
     ),
     "gptq": Exporter(
         lambda model, variant, fold: gptq.plan_gptq(model, variant, fold=fold),
         _write_gptq,
         _verify_gptq,
+        lambda model, fold: stored_integers(model, gptq.plan_gptq(model, None, fold=fold).layouts, ("in", "out")),
         gptq.VARIANTS,
     ),
-    "awq": Exporter(lambda model, _, fold: awq.plan_awq(model, fold=fold), _write_awq, _verify_awq),
+    "awq": Exporter(
+        lambda model, _, fold: awq.plan_awq(model, fold=fold),
+        _write_awq,
+        _verify_awq,
+        lambda model, fold: stored_integers(model, awq.plan_awq(model, fold=fold).layouts, ("out",)),
+    ),
 }

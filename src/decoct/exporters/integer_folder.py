@@ -15,6 +15,7 @@ from decoct.exporters.integer_formats import IntegerFormat, holders
 from decoct.exporters.integers import Integers, form_of, integers_of
 from decoct.exporters.misfit import MisfitError
 from decoct.exporters.report import Check
+from decoct.exporters.vllm_rules import Stored
 from decoct.model import Model
 from decoct.store import FolderSource, open_source
 from decoct.weights import QuantizedInput, Weight, described_kinds
@@ -162,6 +163,16 @@ def grouped(weight: Weight, layout: Layout) -> Integers:
     while isinstance(weight, QuantizedInput):
         weight = weight.inner
     return integers_of(weight).regrouped(layout.columns(weight.shape[1]))
+
+
+def stored_integers(model: Model, layouts: Layouts, words: tuple[str, ...]) -> list[Stored]:
+    """What vLLM's rules go by, for every matrix in integers."""
+    slots = model.slots()
+    return [
+        Stored(name, slots[name].role, model.shape(name), layout.bits, layout.group_size, layout.symmetric, words=words)  # type: ignore[arg-type]
+        for name, layout in layouts.items()
+        if layout is not None
+    ]
 
 
 Kind = tuple[tuple[int, ...], torch.dtype]

@@ -18,11 +18,13 @@ class Check:
         name: what.
         ok: None: it was not checked, `detail` says why.
         detail: figures, or what differs.
+        warning: it is no fault of the export, but the engine may refuse it or be slow.
     """
 
     name: str
     ok: bool | None
     detail: str
+    warning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
