@@ -59,3 +59,12 @@ def awq_matrix(tensors: dict[str, Any], stem: str, group_size: int) -> np.ndarra
     size = cols if group_size == -1 else group_size
     rows = [(codes[i] - zeros[i // size]) * scales[i // size].astype(np.float64) for i in range(cols)]
     return np.stack(rows, axis=1)
+
+
+def mlx_matrix(tensors: dict[str, Any], stem: str, bits: int, group_size: int) -> np.ndarray:
+    """[out, in] of code · scale + bias; each row is a stream of words, the first code lowest."""
+    words = tensors[f"{stem}.weight"].numpy().T
+    scales, biases = (tensors[f"{stem}.{part}"].double().numpy() for part in ("scales", "biases"))
+    cols = scales.shape[1] * group_size
+    columns = [code_at(words, i, bits) * scales[:, i // group_size] + biases[:, i // group_size] for i in range(cols)]
+    return np.stack(columns, axis=1)

@@ -49,7 +49,10 @@ RECIPES: dict[str, list[Settings]] = {
     "rotated and nothing else": blocks({"quarot": {}}),
     "rotated, then rounded in a later pass": [*blocks({"quarot": {"online": False}}), *blocks(RTN)],
     "tuned": [*blocks(RTN), {"e2e_qp": {"num_steps": 1}}],
-    "a cache": [*blocks(RTN), {"cache": {"kivi": {"group_size": 16, "window": 16}}}],
+    "a cache": [
+        *blocks({"linear": {"rtn": {"group_size": 32}}}),
+        {"cache": {"kivi": {"group_size": 16, "window": 16}}},
+    ],
     "a cache alone": [{"cache": {"kivi": {"group_size": 16, "window": 16}}}],
     "nothing": blocks({"linear": {"match": "*", "leave": True}}),
 }

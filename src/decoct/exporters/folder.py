@@ -20,7 +20,11 @@ def parts(model: Model) -> Iterator[list[str]]:
 
 
 def write_folder(
-    model: Model, out: Path, encode: Callable[[str], dict[str, Tensor]], quantization: dict[str, Any] | None
+    model: Model,
+    out: Path,
+    encode: Callable[[str], dict[str, Tensor]],
+    quantization: dict[str, Any] | None,
+    key: str = "quantization_config",
 ) -> None:
     """Write every slot through `encode`, every other tensor as it is.
 
@@ -28,7 +32,8 @@ def write_folder(
         model: what to write.
         out: a folder that does not exist yet, or is empty.
         encode: tensors, under the names of the target format, for a slot's full name.
-        quantization: config.json's `quantization_config`, or None.
+        quantization: what config.json says of it, or None.
+        key: under which key.
 
     Raises:
         ValueError: the folder holds something already.
@@ -53,5 +58,5 @@ def write_folder(
     model.source.save_extras(out)
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     if quantization is not None:
-        config["quantization_config"] = quantization
+        config[key] = quantization
     write_json(out / "config.json", config)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, peft
+from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, mlx, peft
 from decoct.exporters.in_peft import verify_in_peft
 from decoct.exporters.in_transformers import verify_in_transformers
 from decoct.exporters.integer_folder import stored_integers
@@ -134,6 +134,18 @@ def _verify_awq(request: Request) -> Verified:
     return [*checks, Check("load", ok=None, detail=_NO_ENGINE)], None
 
 
+def _write_mlx(request: Request) -> tuple[str, ...]:
+    return mlx.write_mlx(mlx.plan_mlx(request.model, fold=request.fold), request.out)
+
+
+def _verify_mlx(request: Request) -> Verified:
+    checks = mlx.verify_mlx(mlx.plan_mlx(request.model, fold=request.fold), request.out)
+    return [
+        *checks,
+        Check("load", ok=None, detail="MLX runs on Apple's machines; read back here"),
+    ], None
+
+
 EXPORTERS: dict[str, Exporter] = {
     "compressed_tensors": Exporter(
         lambda model, _, fold: compressed_tensors.find_schemes(model, fold=fold),
@@ -163,4 +175,5 @@ EXPORTERS: dict[str, Exporter] = {
         _verify_awq,
         lambda model, fold: stored_integers(model, awq.plan_awq(model, fold=fold).layouts, ("out",)),
     ),
+    "mlx": Exporter(lambda model, _, fold: mlx.plan_mlx(model, fold=fold), _write_mlx, _verify_mlx),
 }

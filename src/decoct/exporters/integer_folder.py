@@ -1,7 +1,7 @@
 """Folders of integers in groups: which matrices take them, and whether what was written is what we have."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from decoct.store import FolderSource, open_source
 from decoct.weights import QuantizedInput, Weight, described_kinds
 
 _ROUNDED = 2.0**-10  # of a matrix: scales are rounded to 16 bits
+_ROUNDED_ZEROS = 2.0**-5  # zero · scale in bfloat16: half of 2^-8 of what may be several times a usual weight
 Read = Callable[[str], Tensor]
 
 
@@ -66,7 +67,8 @@ def choose_layouts(model: Model, into: IntegerFormat, *, fold: bool) -> Layouts:
     if not any(layouts.values()):
         what = f"{model.source.label} has no quantized weights that {into.title} can hold"
         raise MisfitError(what, "quantize to integers by groups (such as rtn or gptq)", "export it as dense instead")
-    check_fused(model, layouts)
+    if into.fused:
+        check_fused(model, layouts)
     return layouts
 
 
@@ -180,7 +182,12 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def verify_folder(
-    model: Model, out: Path, layouts: Layouts, wanted: Callable[[str], dict[str, Kind]], matrix: Callable[..., Tensor]
+    model: Model,
+    out: Path,
+    layouts: Layouts,
+    wanted: Callable[[str], dict[str, Kind]],
+    matrix: Callable[..., Tensor],
+    rounded: Collection[str] = (),
 ) -> list[Check]:
     """Whether a folder has the tensors that it should have, and our values in them.
 
@@ -190,6 +197,7 @@ def verify_folder(
         layouts: how.
         wanted: the tensors of a matrix in integers, by its full name.
         matrix: its values, float32 [out, in], from its full name and what reads a tensor of the folder.
+        rounded: matrices whose zero points the format rounds: their error is told, and may be more than that of scales.
     """
     source = open_source(out)
     assert isinstance(source, FolderSource)
@@ -205,19 +213,31 @@ def verify_folder(
         expected |= {name: (model.shape(name), model.tensor(name).dtype) for name in model.others(block)}
     found = {name: (source.shape(name), source.dtype(name)) for name in source.names()}
     tensors = shapes_check("tensors", _flat(expected), _flat(found))
-    return [tensors, _check_values(model, layouts, lambda name: matrix(name, source.read))] if tensors.ok else [tensors]
+    if not tensors.ok:
+        return [tensors]
+    errors = {
+        name: _error(model.weight(name).unpack(torch.float32), matrix(name, source.read))
+        for name, layout in layouts.items()
+        if layout is not None
+    }
+    exact = {name: error for name, error in errors.items() if name not in rounded}
+    checks = [tensors]
+    if exact:
+        checks.append(_check_errors("exact values", exact, _ROUNDED))
+    if len(exact) < len(errors):
+        others = {name: error for name, error in errors.items() if name in rounded}
+        checks.append(_check_errors("values with rounded zero points", others, _ROUNDED_ZEROS))
+    return checks
 
 
-def _check_values(model: Model, layouts: Layouts, matrix: Callable[[str], Tensor]) -> Check:
-    worst, worst_name = 0.0, ""
-    for name, layout in layouts.items():
-        if layout is None:
-            continue
-        ours, theirs = model.weight(name).unpack(torch.float32), matrix(name)
-        error = float((theirs - ours).norm() / ours.norm().clamp(min=torch.finfo(torch.float32).tiny))
-        if not worst_name or error > worst:
-            worst, worst_name = error, name
-    return Check("exact values", worst <= _ROUNDED, f"largest relative error {worst:.1e} ({worst_name})")
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the norm of ours."""
+    return float((theirs - ours).norm() / ours.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _check_errors(name: str, errors: dict[str, float], limit: float) -> Check:
+    worst = max(errors, key=lambda each: errors[each])
+    return Check(name, errors[worst] <= limit, f"largest relative error {errors[worst]:.1e} ({worst})")
 
 
 def _flat(kinds: dict[str, Kind]) -> dict[str, tuple[object, ...]]:

@@ -25,6 +25,7 @@ class IntegerFormat:
         ends: whether embedding and lm_head may be quantized.
         real_zeros: whether zero points may be real numbers.
         zeros_always: whether symmetric integers are stored with a zero point like others.
+        fused: whether engines load q, k, v as one matrix, and gate, up.
     """
 
     name: str
@@ -36,6 +37,7 @@ class IntegerFormat:
     ends: bool = False
     real_zeros: bool = False
     zeros_always: bool = False
+    fused: bool = True
 
     def group_size(self, form: IntegerForm, shape: tuple[int, int]) -> int | None:
         """The largest size that holds the groups, which larger ones repeat their scale for; None: there is none."""
@@ -65,7 +67,11 @@ GPTQ = IntegerFormat(
     "gptq", "GPTQ", (2, 3, 4, 8), (16, 32, 64, 128, 256, 512, 1024), whole_rows=True, full_words=("in", "out")
 )  # fmt: skip
 AWQ = IntegerFormat("awq", "AWQ", (4,), (16, 32, 64, 128), whole_rows=True, full_words=("out",), zeros_always=True)
-INTEGER_FORMATS = (GPTQ, AWQ)
+MLX = IntegerFormat(
+    "mlx", "MLX", (2, 3, 4, 5, 6, 8), (32, 64, 128), whole_rows=False, full_words=("in",), ends=True, real_zeros=True,
+    fused=False,
+)  # fmt: skip
+INTEGER_FORMATS = (GPTQ, AWQ, MLX)
 
 
 def holders(description: dict[str, Any], shape: tuple[int, int]) -> list[str]:
