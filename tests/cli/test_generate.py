@@ -31,7 +31,6 @@ def test_the_prompt_from_standard_input(base: Path) -> None:
 
 WRONG: dict[str, tuple[list[str], str, int]] = {
     "an engine that is none": (["--engine", "decot"], "unknown engine 'decot'; did you mean decoct?", 1),
-    "llama.cpp on a folder": (["--engine", "onnxruntime"], "onnxruntime", 1),
     "a prompt that is too long": (["--context", "3"], "the prompt has 5 tokens, the context is 3; shorten it", 1),
     "too large a context": (["--context", "5000"], "more than the model's limit of 1024 tokens", 1),
     "top_p out of range": (["--top-p", "2"], "top_p must be more than 0, at most 1", 1),

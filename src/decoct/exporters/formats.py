@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, mlx, peft
+from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, mlx, onnx, peft
 from decoct.exporters.in_peft import verify_in_peft
 from decoct.exporters.in_transformers import verify_in_transformers
 from decoct.exporters.integer_folder import stored_integers
@@ -146,6 +146,17 @@ def _verify_mlx(request: Request) -> Verified:
     ], None
 
 
+def _write_onnx(request: Request) -> tuple[str, ...]:
+    plan = onnx.plan_onnx(request.model, request.variant, fold=request.fold)
+    onnx.write_onnx(plan, request.out)
+    return plan.notes()
+
+
+def _verify_onnx(request: Request) -> Verified:
+    plan = onnx.plan_onnx(request.model, request.variant, fold=request.fold)
+    return onnx.verify_onnx(plan, request.out, load=request.load)
+
+
 EXPORTERS: dict[str, Exporter] = {
     "compressed_tensors": Exporter(
         lambda model, _, fold: compressed_tensors.find_schemes(model, fold=fold),
@@ -176,4 +187,10 @@ EXPORTERS: dict[str, Exporter] = {
         lambda model, fold: stored_integers(model, awq.plan_awq(model, fold=fold).layouts, ("out",)),
     ),
     "mlx": Exporter(lambda model, _, fold: mlx.plan_mlx(model, fold=fold), _write_mlx, _verify_mlx),
+    "onnx": Exporter(
+        lambda model, variant, fold: onnx.plan_onnx(model, variant, fold=fold),
+        _write_onnx,
+        _verify_onnx,
+        variants=tuple(onnx.VARIANTS),
+    ),
 }

@@ -1,7 +1,7 @@
 """The engine that runs a network in this process: decoct's decode loop, or transformers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,8 +24,9 @@ class NetworkEngine:
         text: the model's tokenizer.
     """
 
-    def __init__(self, name: str, model: Model, network: Network) -> None:
+    def __init__(self, name: str, model: Model, network: Network, remove: Callable[[], None] = lambda: None) -> None:
         self.name, self.network = name, network
+        self._remove = remove
         self.about, self.context = network.about, network.context
         self.weight_nbytes = network.nbytes
         self._model = model
@@ -78,7 +79,8 @@ class NetworkEngine:
         return Timing(filled - began, first - began, ended - first, prompt_tokens, decode_tokens)
 
     def close(self) -> None:
-        """Nothing is held outside this process."""
+        """Take away what was only written for it."""
+        self._remove()
 
 
 def _generation(task: Task, pieces: Sequence[Piece]) -> Generation:
