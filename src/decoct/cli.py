@@ -207,7 +207,8 @@ def evaluate(
 def export(
     model: ModelArgument,
     to: Annotated[
-        str, typer.Option("--to", help="gguf, gguf:q4_k_m, compressed_tensors, gptq, awq, onnx, dense (guide/exports.md).")
+        str,
+        typer.Option("--to", help="gguf, gguf:q4_k_m, compressed_tensors, gptq, awq, onnx, dense."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder or file for the export.")],
     fold: Annotated[
