@@ -21,6 +21,8 @@ WIDTHS: dict[str, dict[str, Any]] = {
 CHEAP = {
     "qtip.state_bits": 8,
     "e2e_qp.num_steps": 1,
+    "block_ap.num_steps": 2,
+    "block_ap.batch_size": 2,
     "distill.num_steps": 2,
     "distill.held_out": 2,
     "qat.num_steps": 2,

@@ -108,3 +108,15 @@ def test_clipping_never_costs_and_pays_at_few_bits(bits: int) -> None:
 def test_one_clip_for_a_whole_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match="use a group size or channel"):
         AWQClip(group_size="tensor")
+
+
+@pytest.mark.parametrize("group_size", [GROUP, "channel"])
+def test_ends_that_move_alone_lose_less(group_size: int | str) -> None:
+    w, x = gaussian(OUT, IN), correlated(300, IN)
+    lost = {}
+    for ends in ("alike", "each"):
+        method = AWQClip(bits=2, group_size=group_size, symmetric=False, ends=ends)  # type: ignore[arg-type]
+        lost[ends] = output_error(method.compress(Dense.of(w), gram(x)).unpack() - w, x)
+    assert lost["each"] < 0.99 * lost["alike"]
+    with pytest.raises(ValueError, match="needs zero points; set symmetric: false"):
+        AWQClip(ends="each")

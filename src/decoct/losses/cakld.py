@@ -15,21 +15,23 @@ class CAKLD(Divergence):
     """c KL(student ‖ teacher) + (1 - c) KL(teacher ‖ student); c is how sure the teacher is of the text that is taught.
 
     Attributes:
-        confidence: c, the mean probability that the teacher gives to the text's tokens (`confidence_of`), found once
-            before training.
+        confidence: c, the mean probability that the teacher gives to the text's tokens (`confidence_of`); None: a stage
+            that trains finds it once, before the first step; 0.5 where nobody did.
     """
 
-    confidence: float = 0.5
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         super(CAKLD, self).__post_init__()
-        check_share(self.confidence, "confidence")
+        if self.confidence is not None:
+            check_share(self.confidence, "confidence")
 
     @override
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         p, q = teacher.exp(), student.exp()
         apart = student - teacher
-        sure, unsure = self.confidence, 1 - self.confidence
+        sure = 0.5 if self.confidence is None else self.confidence
+        unsure = 1 - sure
         return (sure * q - unsure * p) * apart, sure * (q * apart + q) - unsure * p
 
 

@@ -41,6 +41,9 @@ class TrainingMethod(ModelMethod):
         replay: texts of its own that the student keeps to read again; `on_policy` is then only the share to begin with,
             which rises by 0.1 whenever the loss on held-out text has risen by 0.1 nats, and of the steps on own texts
             fewer and fewer write new ones (DistiLLM, arXiv 2402.03898). 0: the share is fixed, every text new.
+        cache: how keys and values are rounded meanwhile, as a recipe's stage `cache` spells it, such as
+            {kivi: {bits: 4}} (LLM-QAT, arXiv 2305.17888); gradients pass straight through. None: as the model's own
+            policy says, if it has one.
         train: what is trained. `matrices`: all numbers that the blocks' matrices store, in the form they have; `norms`:
             gains and biases; `ends`: embedding and lm_head; `lora`: a low-rank term beside each matrix, which stays;
             `qa_lora`: a low-rank term that ends in the zero points of quantized matrices; `corrections`: the low-rank
@@ -74,6 +77,7 @@ class TrainingMethod(ModelMethod):
     data: str | None = None
     on_policy: float = 0.0
     replay: int = 0
+    cache: dict[str, Any] | None = None
     train: tuple[Trained, ...] = ("matrices", "norms")
     rank: int = 16
     evaluate_every: int = 0

@@ -20,6 +20,7 @@ def fit_clip(
     group_size: int | str,
     symmetric: bool,
     scale_dtype: torch.dtype,
+    apart: bool = False,
 ) -> Grid:
     """The grid that rounding to nearest loses least on: group by group, the span shrunk in steps, signs both ways.
 
@@ -33,6 +34,7 @@ def fit_clip(
         group_size: columns that share a scale, or "channel".
         symmetric: no zero points.
         scale_dtype: the dtype that scales are stored in.
+        apart: then move each end of the span alone (BitDistiller, arXiv 2402.10631); for grids with zero points.
 
     Raises:
         ValueError: as for `fit_grid`.
@@ -51,17 +53,12 @@ def fit_clip(
             block = H[at, at]
             others = pull[:, at] - change[:, at] @ block
             trial = _Trial(values[:, at], scale[part, group], None if zero is None else zero[part, group], bits)
-            best, loss = change[:, at].clone(), torch.full_like(pull[:, 0], torch.inf)
-            factors = torch.linspace(1.0, _LEAST, _STEPS).tolist()
-            for factor in [*factors, *(-each for each in factors)] if zero is None else factors:
-                step, middle, moved = trial.at(factor, scale_dtype)
-                cost = torch.addmm(others, moved, block, beta=2.0).mul_(moved).sum(1)
-                better = cost < loss
-                loss = torch.where(better, cost, loss)
-                best = torch.where(better.unsqueeze(1), moved, best)
-                scale[part, group] = torch.where(better, step, scale[part, group].float()).to(scale_dtype)
-                if zero is not None:
-                    zero[part, group] = torch.where(better, middle, zero[part, group].float()).to(torch.uint8)
+            found = _Search(trial, others, block, scale_dtype)
+            found.shrink(apart=apart)
+            best = found.moved
+            scale[part, group] = found.step.to(scale_dtype)
+            if zero is not None:
+                zero[part, group] = found.middle.to(torch.uint8)
             pull.addmm_(best - change[:, at], H[at])
             change[:, at] = best
 
@@ -78,12 +75,63 @@ class _Trial:
         self._symmetric = zero is None
         self._zero = torch.full_like(self._span, 2.0 ** (bits - 1)) if zero is None else zero.float().clone()
 
-    def at(self, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale and zero point of each row with the span times `factor`, and the change that rounding makes."""
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        return self._symmetric
+
+    def at(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale and zero point of each row with the ends of the span times `low` and `high`, and what rounding changes.
+
+        Without zero points both are the same; where they are negative, so is the scale.
+        """
         top = 2**self._bits - 1
-        step = stored_scale(self._span * factor, dtype)
-        # Both ends shrink alike, so the zero point moves only by what rounding the scale did.
-        middle = self._zero if self._symmetric else (self._zero * factor * self._span / step).round().clamp_(0, top)
+        if self._symmetric:
+            step = stored_scale(self._span * low, dtype)
+            middle = self._zero
+        else:
+            step = stored_scale(self._span * (self._zero * low + (top - self._zero) * high) / top, dtype)
+            middle = (self._zero * low * self._span / step).round().clamp_(0, top)
         wide, below = step.unsqueeze(1), middle.unsqueeze(1)
         rounded = torch.minimum(torch.maximum((self._values / wide).round_(), -below), top - below)
         return step, middle, rounded.mul_(wide).sub_(self._values)
+
+
+class _Search:
+    """The best of the spans that were tried, for each row of a group.
+
+    Attributes:
+        step: scale.
+        middle: zero point.
+        moved: what rounding changes.
+    """
+
+    def __init__(self, trial: _Trial, others: Tensor, block: Tensor, dtype: torch.dtype) -> None:
+        self._trial, self._others, self._block, self._dtype = trial, others, block, dtype
+        self._low = self._high = torch.ones_like(others[:, 0])
+        self._loss = torch.full_like(self._low, torch.inf)
+        self.step, self.middle, self.moved = trial.at(self._low, self._high, dtype)
+
+    def shrink(self, *, apart: bool) -> None:
+        """Try both ends alike, with both signs where there are no zero points; then, if asked for, each end alone."""
+        factors = torch.linspace(1.0, _LEAST, _STEPS).tolist()
+        for factor in [*factors, *(-each for each in factors)] if self._trial.symmetric else factors:
+            both = torch.full_like(self._low, factor)
+            self._take(both, both)
+        if not apart:
+            return
+        high = self._high
+        for factor in factors:
+            self._take(torch.full_like(high, factor), high)
+        low = self._low
+        for factor in factors:
+            self._take(low, torch.full_like(low, factor))
+
+    def _take(self, low: Tensor, high: Tensor) -> None:
+        step, middle, moved = self._trial.at(low, high, self._dtype)
+        cost = torch.addmm(self._others, moved, self._block, beta=2.0).mul_(moved).sum(1)
+        better = cost < self._loss
+        self._loss = torch.where(better, cost, self._loss)
+        self.moved = torch.where(better.unsqueeze(1), moved, self.moved)
+        self.step, self.middle = torch.where(better, step, self.step), torch.where(better, middle, self.middle)
+        self._low, self._high = torch.where(better, low, self._low), torch.where(better, high, self._high)

@@ -191,17 +191,21 @@ class WholeWindow:
         if not self.num_packed:
             return keys, values
         chosen = slice(start, start + self.num_packed)
-        packed = (
-            self._method.pack_keys(keys[:, :, chosen], self._place, start),
-            self._method.pack_values(values[:, :, chosen], self._place),
-        )
-        self.nbytes = sum(tensor.nbytes for each in packed for tensor in each.values())
-        back_keys = self._method.unpack_keys(packed[0], self._place, start).to(keys.dtype)
-        back_values = self._method.unpack_values(packed[1], self._place).to(values.dtype)
+        back_keys, back_values = self.there_and_back(keys[:, :, chosen], values[:, :, chosen])
         return (
             torch.cat([back_keys[:, :, :seen], keys], dim=2),
             torch.cat([back_values[:, :, :seen], values], dim=2),
         )
+
+    def there_and_back(self, keys: Tensor, values: Tensor) -> KeyValues:
+        """Packed and unpacked again."""
+        packed = (
+            self._method.pack_keys(keys, self._place, self._start),
+            self._method.pack_values(values, self._place),
+        )
+        self.nbytes = sum(tensor.nbytes for each in packed for tensor in each.values())
+        back_keys = self._method.unpack_keys(packed[0], self._place, self._start)
+        return back_keys.to(keys.dtype), self._method.unpack_values(packed[1], self._place).to(values.dtype)
 
     def mask(self, given: Tensor | None, num_tokens: int) -> Tensor | None:
         """Which of the two each token sees: for the columns that `update` gives, in their order."""

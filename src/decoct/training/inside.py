@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
+from decoct.arch.hf import CacheLike
 from decoct.engine.record import record_outputs
 from decoct.engine.runner import LaidOut, Runner
 from decoct.losses import AttentionMaps, Projected, Relations, StateLoss, Targets
@@ -114,15 +115,15 @@ class Noting:
         """What is wanted of a block."""
         return self._wants.get(block, ())
 
-    def run(self, block: int, laid: LaidOut, hidden: Tensor) -> tuple[Tensor, ...]:
-        """The block's output, then what is wanted of it, in the order of `wants`."""
+    def run(self, block: int, laid: LaidOut, hidden: Tensor, cache: CacheLike | None = None) -> tuple[Tensor, ...]:
+        """The block's output, then what is wanted of it, in the order of `wants`; `cache` as in `Runner.run`."""
         wants = self.wants(block)
         paths = {what: self._paths[what] for what in wants if what != "states"}
         if not paths:
-            out = self._runner.run(block, laid, hidden)
+            out = self._runner.run(block, laid, hidden, cache)
             return (out, *(out for _ in wants))
         with record_outputs(self._runner.skeleton.blocks[block], paths) as noted:
-            out = self._runner.run(block, laid, hidden)
+            out = self._runner.run(block, laid, hidden, cache)
         noted["states"] = out
         return (out, *(noted[what][1] if what == "attention" else noted[what] for what in wants))
 

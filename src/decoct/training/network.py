@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from decoct.arch.hf import CacheLike
 from decoct.engine.runner import LaidOut, Runner
 from decoct.losses import Batch, Head, Projected, Targets
+from decoct.methods.policy import Policy
 from decoct.model import Model
+from decoct.runtime.cache import places
 from decoct.training.inside import Insides, Noting, Place, Seen
+from decoct.training.keep import StraightThrough
 from decoct.training.objective import Objective
 from decoct.training.views import Vector, View
 
@@ -42,9 +46,11 @@ class TrainedBlock(nn.Module):
         views: Mapping[str, View],
         vectors: Mapping[str, Vector],
         dtype: torch.dtype,
+        cache: CacheLike | None,
     ) -> None:
         super().__init__()
         self._runner, self._noting, self._block, self._dtype = runner, noting, block, dtype
+        self._cache = cache
         self.matrices, self.vectors = Named(views), Named(vectors)
         model = runner.model
         self._fixed = {name: model.tensor(name).float() for name in model.others(block) if name not in vectors}
@@ -53,7 +59,7 @@ class TrainedBlock(nn.Module):
     def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> tuple[Tensor, ...]:
         """The block's output, and what is wanted of its inside."""
         given = {**self.matrices(self._dtype), **self.vectors(torch.float32), **self._fixed}
-        return self._noting.run(self._block, self._runner.lay_out_given(self._block, given), hidden)
+        return self._noting.run(self._block, self._runner.lay_out_given(self._block, given), hidden, self._cache)
 
 
 class Student(nn.Module):
@@ -76,6 +82,7 @@ class Student(nn.Module):
         *,
         recompute: bool,
         insides: Insides | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """Lay out a model.
 
@@ -86,6 +93,7 @@ class Student(nn.Module):
             dtype: what products are computed in.
             recompute: run each block again for its gradient instead of keeping what it computed.
             insides: losses on inner states.
+            policy: how keys and values are rounded.
         """
         super().__init__()
         self.model, self.views, self.vectors = model, dict(views), dict(vectors)
@@ -94,11 +102,14 @@ class Student(nn.Module):
         self.insides = insides
         noting = Noting(self._runner, () if insides is None else insides.student_wants)
         self._noting = noting
+        kept = [] if policy is None else places(policy, self._runner.attentions())
         self.blocks = nn.ModuleList()
         for block in range(model.num_blocks):
             names = [model.prefix(block) + slot.name for slot in model.block_slots]
-            mine = {name: vectors[name] for name in model.others(block) if name in vectors}
-            self.blocks.append(TrainedBlock(self._runner, noting, block, {n: views[n] for n in names}, mine, dtype))
+            inside = {name: vectors[name] for name in model.others(block) if name in vectors}
+            cache = StraightThrough(policy.method, kept[block]) if policy is not None else None
+            matrices = {name: views[name] for name in names}
+            self.blocks.append(TrainedBlock(self._runner, noting, block, matrices, inside, dtype, cache))
         self.ends = Named({slot.name: views[slot.name] for slot in model.end_slots})
         self.outside = Named({name: vectors[name] for name in model.others(None) if name in vectors})
 

@@ -17,12 +17,13 @@ from decoct.engine.write import contents, shard_name, write_shard
 from decoct.methods import name_of
 from decoct.methods.training import TrainingMethod
 from decoct.training.inside import Insides, Seen
+from decoct.training.keep import check_policy, policy_of
 from decoct.training.lessons import check_lessons
 from decoct.training.loop import Trainer, Training, read_progress
 from decoct.training.network import Student, Teacher
 from decoct.training.objective import objective_of
 from decoct.training.plan import numbers_of, plan_training
-from decoct.training.teachers import kept_teacher, predicting, teach_of, teachers_of
+from decoct.training.teachers import kept_teacher, predicting, settled, teach_of, teachers_of
 from decoct.training.text import TEACHER, length_of, read_text, source_of
 from decoct.training.views.choose import Becoming, changes_form, vectors_of, views_of
 
@@ -46,6 +47,8 @@ class TrainStage(OwnStage):
         taught = objective.needs_teacher or source_of(self.method, before.data) == TEACHER
         teachers = teachers_of(self.method, before.original) if taught else ()
         numbers = numbers_of(before, self.method)
+        policy = policy_of(self.method, before.model)
+        check_policy(policy, objective, before.model)
         if objective.inner:
             insides, length = Insides(objective, before.model, teachers[0]), length_of(self.method, before.data)
             more = insides.nbytes(before.model, self.method.batch_size * length, length)
@@ -110,7 +113,16 @@ class TrainStage(OwnStage):
                 else teach_of(method, teachers, model, dtype)
             )
         views, vectors = views_of(model, method), vectors_of(model, method)
-        student = Student(model, views, vectors, dtype, recompute=not given.plan.in_memory, insides=insides)
+        student = Student(
+            model,
+            views,
+            vectors,
+            dtype,
+            recompute=not given.plan.in_memory,
+            insides=insides,
+            policy=policy_of(method, model),
+        )
+        objective = settled(objective, teach, text, method.batch_size)
         todo = Training(method, student, teach, objective, text, given.folder, given.on_event, given.message)
         Trainer(todo).run()
         return student

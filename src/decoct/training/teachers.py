@@ -1,6 +1,7 @@
 """Which models teach, whether they can, and how they become one teacher."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,13 +9,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from decoct.engine.data import load_tokenizer
-from decoct.losses import ULD, CachedKL
+from decoct.losses import CAKLD, ULD, CachedKL, PredictionLoss, confidence_of
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model, open_model
 from decoct.teachers import CachedTeacher, OtherTokenizer, Several, Teach, identity, same_tokenizer, write_cache
 from decoct.training.inside import Seen
 from decoct.training.network import Teacher
-from decoct.training.objective import objective_of
+from decoct.training.objective import Objective, objective_of
+from decoct.training.text import Text
+
+_LOOKED_AT = 64  # sequences, to see how sure a teacher is
+_SURE = 1e-3  # least confidence, and least doubt
 
 CACHE = "teacher"
 """The folder, in a stage's, where a teacher's likeliest tokens are kept."""
@@ -66,6 +71,32 @@ def teach_of(method: TrainingMethod, teachers: Sequence[Model], student: Model, 
 def predicting(teach: Teach) -> Callable[[Int[Tensor, "batch seq"]], Seen]:
     """A teacher of whom nothing but predictions is wanted."""
     return lambda tokens: Seen(teach(tokens))
+
+
+def settled(
+    objective: Objective, teach: Callable[[Int[Tensor, "batch seq"]], Seen] | None, text: Text, size: int
+) -> Objective:
+    """The same objective with what has to be found before the first step: how sure the teacher is of the text.
+
+    Args:
+        objective: as the recipe names it.
+        teach: the teacher.
+        text: to be learned from; its first sequences are looked at.
+        size: sequences that are run together.
+    """
+    wanting = any(isinstance(loss, CAKLD) and loss.confidence is None for loss in objective.predicting)
+    if not wanting or teach is None:
+        return objective
+    batches = [text.batch(number, size) for number in range(max(1, min(_LOOKED_AT, len(text.train)) // size))]
+    found = sum(confidence_of(teach(tokens).predictions, batch) for tokens, batch in batches) / len(batches)
+    sure = min(max(found, _SURE), 1 - _SURE)
+
+    def with_it(loss: PredictionLoss) -> PredictionLoss:
+        return replace(loss, confidence=sure) if isinstance(loss, CAKLD) and loss.confidence is None else loss
+
+    terms = tuple((weight, with_it(loss)) for weight, loss in objective.terms)
+    exits = tuple((weight, replace(loss, each=with_it(loss.each))) for weight, loss in objective.exits)
+    return replace(objective, terms=terms, exits=exits)
 
 
 def kept_teacher(

@@ -1,7 +1,7 @@
 """AWQ's clip search (arXiv 2306.00978): round to nearest within the span that costs each group's output least."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +25,8 @@ class AWQClip(LinearMethod):
         bits: 2 to 8.
         group_size: input features that share a scale, or "channel".
         symmetric: grid around zero, without zero points.
+        ends: of a group's span: shrink both `alike`, or afterwards `each` alone (BitDistiller, arXiv 2402.10631), which
+            needs zero points.
     """
 
     stat: ClassVar[type[Gram]] = Gram
@@ -32,11 +34,14 @@ class AWQClip(LinearMethod):
     bits: int = 4
     group_size: int | str = 64
     symmetric: bool = True
+    ends: Literal["alike", "each"] = "alike"
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size)
         if self.group_size == "tensor":
             raise ValueError("awq_clip chooses a clip for each group; use a group size or channel")
+        if self.ends == "each" and self.symmetric:
+            raise ValueError("ends: each moves the ends of a span apart, which needs zero points; set symmetric: false")
 
     @override
     def check(self, shape: tuple[int, int]) -> None:
@@ -50,7 +55,8 @@ class AWQClip(LinearMethod):
     @override
     def operations(self, shape: tuple[int, int]) -> float:
         size = resolve_group_size(self.group_size, shape[1])
-        return shape[0] * shape[1] * (21.0 * (2 * size + 100) + 4.0 * shape[1])
+        tries = 63.0 if self.ends == "each" else 21.0
+        return shape[0] * shape[1] * (tries * (2 * size + 100) + 4.0 * shape[1])
 
     @override
     def compress(self, weight: Weight, stat: Gram) -> Weight:
@@ -67,5 +73,6 @@ class AWQClip(LinearMethod):
             group_size=self.group_size,
             symmetric=self.symmetric,
             scale_dtype=stored_scale_dtype(w.dtype),
+            apart=self.ends == "each",
         )
         return GroupInt.of_packed(quantize_packed(values, grid), (w.shape[0], w.shape[1]), grid, w.dtype)

@@ -1,6 +1,6 @@
 """Which view each of a model's tensors gets, given what a recipe trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from typing_extensions import override
@@ -80,7 +80,7 @@ class Becoming(LinearMethod):
         method: settings of the training.
     """
 
-    method: TrainingMethod
+    method: TrainingMethod = field(hash=False)  # its settings may be mappings, which have no hash
 
     @override
     def compress(self, weight: Weight, stat: Any) -> Weight:
