@@ -12,6 +12,7 @@ from decoct.commands.bench import bench
 from decoct.commands.chat import chat
 from decoct.commands.common import JsonOption, ModelArgument, answer, errors
 from decoct.commands.generate import generate
+from decoct.commands.imatrix import imatrix
 from decoct.commands.serve import serve
 from decoct.console import Console, fail
 from decoct.version import __version__
@@ -208,7 +209,7 @@ def export(
     model: ModelArgument,
     to: Annotated[
         str,
-        typer.Option("--to", help="gguf, gguf:q4_k_m, compressed_tensors, gptq, awq, onnx, dense."),
+        typer.Option("--to", help="gguf, gguf:q4_k_m, compressed_tensors, gptq, awq, mlx, onnx, dense."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder or file for the export.")],
     fold: Annotated[
@@ -244,7 +245,7 @@ def methods(json: JsonOption = False) -> None:
         answer(json=json, value=value, show=lambda console: console.methods(found, recipes))
 
 
-for _command in (generate, chat, bench, serve, ask):
+for _command in (generate, chat, bench, serve, ask, imatrix):
     app.command()(_command)
 
 _BARE = {False: "w4", True: "sparse50"}  # what a search for bits (or sparsities) takes where no recipe is given
