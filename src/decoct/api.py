@@ -18,6 +18,7 @@ from decoct.engine.summary import Result
 from decoct.evaluation import Measurement, evaluate_model
 from decoct.evaluation.measure import OnProgress
 from decoct.exporters import ExportReport, check_expected, check_format, export_model, is_finished, place
+from decoct.exporters.imatrix import importance_from
 from decoct.methods import METHODS
 from decoct.methods.policy import read_policy
 from decoct.model import Model, open_model
@@ -290,6 +291,7 @@ def export(
     fold: bool = False,
     load: bool = True,
     tensor_parallel: int | None = None,
+    imatrix: str | Path | None = None,
 ) -> ExportReport:
     """Write a model in another engine's format, and see whether that engine reads it as decoct does.
 
@@ -300,6 +302,7 @@ def export(
         fold: write as dense, or round again, what the format cannot hold.
         load: try the result in the engine that it is for, where that is installed.
         tensor_parallel: devices among which vLLM is to divide it; refused if it could not.
+        imatrix: an importance matrix, for GGUF's types that are fitted.
 
     Returns:
         What was checked; `ok` is False where something differs.
@@ -308,7 +311,11 @@ def export(
         ValueError: see `export_model`.
     """
     _check_format(to)
-    return export_model(open_model(model), to, Path(out), fold=fold, load=load, tensor_parallel=tensor_parallel)
+    opened = open_model(model)
+    importance = None if imatrix is None else importance_from(Path(imatrix), opened, to)
+    return export_model(
+        opened, to, Path(out), fold=fold, load=load, tensor_parallel=tensor_parallel, importance=importance
+    )
 
 
 def list_methods() -> tuple[MethodInfo, ...]:

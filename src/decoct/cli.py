@@ -221,13 +221,16 @@ def export(
     tensor_parallel: Annotated[
         int | None, typer.Option(help="Refuse what vLLM could not divide among so many devices.")
     ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="An importance matrix, for GGUF's fitted types; see decoct imatrix.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write a compressed model in another engine's format, and check that the engine reads it as decoct does."""
     import decoct
 
     with errors(json=json):
-        found = decoct.export(model, to, out, fold=fold, load=load, tensor_parallel=tensor_parallel)
+        found = decoct.export(model, to, out, fold=fold, load=load, tensor_parallel=tensor_parallel, imatrix=imatrix)
         answer(json=json, value=found.as_json(), show=lambda console: console.export_report(found))
         if not found.ok:
             fail(f"{out} was written, but differs: {found.failed}", 1, json=False)

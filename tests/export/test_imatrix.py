@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import decoct
 import decoct.engine.squares
 from decoct.engine.data import Data, load_tokens
 from decoct.exporters.imatrix import gguf_names, make_imatrix, read_imatrix
@@ -139,3 +140,35 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"no such thing" * 10)
     with pytest.raises(ValueError, match="is no GGUF file"):
         read_imatrix(tmp_path / "bad.gguf")
+
+
+def test_types_are_fitted_to_what_matters(tmp_path: Path) -> None:
+    """The error of what was fitted is smaller where inputs count, and larger if all are counted alike."""
+    base = make_base(tmp_path, "llama", **WIDE)
+    model, path = open_model(base), tmp_path / "imatrix.gguf"
+    make_imatrix(model, data_of(base), path)
+    means = read_imatrix(path)["blk.0.ffn_down.weight"].double()
+    ours = model.weight("model.layers.0.mlp.down_proj.weight").unpack(torch.float64)
+    errors = {}
+    for given in (None, path):
+        out = tmp_path / f"{given is None}.gguf"
+        decoct.export(base, "gguf:q4_0", out, load=False, imatrix=given)
+        (tensor,) = (t for t in gguf.GGUFReader(out).tensors if t.name == "blk.0.ffn_down.weight")
+        theirs = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).double()
+        errors[given is None] = [float(((theirs - ours) ** 2 * by).sum()) for by in (means, torch.ones_like(means))]
+    (counted, alike), (counted_before, alike_before) = errors[False], errors[True]
+    assert counted < 0.97 * counted_before
+    assert alike > alike_before
+
+
+def test_importance_of_something_else_is_refused(tmp_path: Path) -> None:
+    base, path = make_base(tmp_path, "llama", **WIDE), tmp_path / "imatrix.gguf"
+    make_imatrix(open_model(base), data_of(base), path)
+    other = make_base(tmp_path / "other", "llama", **{**WIDE, "hidden_size": 32, "head_dim": 8})
+    with pytest.raises(ValueError, match=r"is of another model: blk\.0\.attn_q\.weight has 32 input features here"):
+        decoct.export(other, "gguf:q4_0", tmp_path / "m.gguf", imatrix=path)
+    for form in ("gguf", "dense"):
+        with pytest.raises(ValueError, match=f"not for {form}; leave it out"):
+            decoct.export(base, form, tmp_path / "m.gguf", imatrix=path)
+    with pytest.raises(ValueError, match="does not exist; `decoct imatrix` makes one"):
+        decoct.export(base, "gguf:q4_0", tmp_path / "m.gguf", imatrix=tmp_path / "none.gguf")

@@ -147,6 +147,30 @@ def read_imatrix(path: Path) -> dict[str, Float[Tensor, " in"]]:
     }
 
 
+def importance_from(path: Path, model: Model, to: str) -> dict[str, Float[Tensor, " in"]]:
+    """What an export's fitted types are to go by, from a file that decoct or llama.cpp made: by our full names.
+
+    Args:
+        path: the file.
+        model: what is exported.
+        to: the format, such as "gguf:q4_k_m".
+
+    Raises:
+        ValueError: no such file, one of another model, or a format that fits nothing.
+    """
+    if not to.startswith("gguf:"):
+        raise ValueError(f"an importance matrix is for what is fitted, such as gguf:q4_k_m, not for {to}; leave it out")
+    found, chosen = read_imatrix(path), {}
+    for name, (theirs, cols) in gguf_names(model).items():
+        if theirs in found:
+            if len(found[theirs]) != cols:
+                raise ValueError(f"{path} is of another model: {theirs} has {cols} input features here, not there")
+            chosen[name] = found[theirs]
+    if not chosen:
+        raise ValueError(f"{path} is of another model: it has none of {model.source.label}'s matrices")
+    return chosen
+
+
 def _check(squares: Mapping[str, ColumnNorm], names: Mapping[str, tuple[str, int]], out: Path) -> Check:
     """Whether the file gives the means that were gathered."""
     found, worst = read_imatrix(out), 0.0
