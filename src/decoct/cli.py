@@ -209,7 +209,7 @@ def export(
     model: ModelArgument,
     to: Annotated[
         str,
-        typer.Option("--to", help="gguf, gguf:q4_k_m, compressed_tensors, gptq, awq, mlx, onnx, dense."),
+        typer.Option("--to", help="gguf, gguf:q4_k_m, compressed_tensors, gptq, awq, mlx, onnx, openvino, dense."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder or file for the export.")],
     fold: Annotated[

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, mlx, onnx, peft
+from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, mlx, onnx, openvino, peft
 from decoct.exporters.in_peft import verify_in_peft
 from decoct.exporters.in_transformers import verify_in_transformers
 from decoct.exporters.integer_folder import stored_integers
@@ -157,6 +157,17 @@ def _verify_onnx(request: Request) -> Verified:
     return onnx.verify_onnx(plan, request.out, load=request.load)
 
 
+def _write_openvino(request: Request) -> tuple[str, ...]:
+    plan = openvino.plan_openvino(request.model, fold=request.fold)
+    openvino.write_openvino(plan, request.out)
+    return plan.notes()
+
+
+def _verify_openvino(request: Request) -> Verified:
+    plan = openvino.plan_openvino(request.model, fold=request.fold)
+    return openvino.verify_openvino(plan, request.out, load=request.load)
+
+
 EXPORTERS: dict[str, Exporter] = {
     "compressed_tensors": Exporter(
         lambda model, _, fold: compressed_tensors.find_schemes(model, fold=fold),
@@ -192,5 +203,8 @@ EXPORTERS: dict[str, Exporter] = {
         _write_onnx,
         _verify_onnx,
         variants=tuple(onnx.VARIANTS),
+    ),
+    "openvino": Exporter(
+        lambda model, _, fold: openvino.plan_openvino(model, fold=fold), _write_openvino, _verify_openvino
     ),
 }

@@ -1,6 +1,6 @@
 """How graphs hold matrices: as decoct's own integers where the format's kernels multiply such, else uncompressed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,3 +162,13 @@ def _misfit(name: str, description: dict[str, Any], form: IntegerForm | None, ke
         wanted,
         f"{wanted}, add --fold to write such weights uncompressed, or export as {other}",
     )
+
+
+def narrowed(
+    values: Float[Tensor, "*shape"], dtypes: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)
+) -> Float[Tensor, "*shape"]:
+    """In the first of some 16-bit dtypes that holds every one of the values exactly, else as they are."""
+    for dtype in dtypes:
+        if torch.equal(values.to(dtype).float(), values):
+            return values.to(dtype)
+    return values

@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from decoct.exporters import export_model
-from decoct.exporters.onnx import GENAI
 from decoct.model import open_model
 from decoct.serving.engine import Engine
+from decoct.serving.exported import open_exported
 from decoct.serving.llama_cpp import LlamaCpp
 from decoct.serving.network_engine import NetworkEngine
-from decoct.serving.networks import choose_context, open_exported, open_network
-from decoct.serving.onnxruntime import OnnxNetwork
+from decoct.serving.networks import choose_context, open_network
 
 ENGINES = ("decoct", "transformers", "llama.cpp", "onnxruntime", "openvino")
 """As `--engine` spells them."""
@@ -59,31 +58,11 @@ def open_engine(
         raise ValueError(f"context {context} is too short; give at least 2 tokens")
     if name == "llama.cpp":
         return _llama_cpp(model, context)
-    if name == "openvino":
-        raise ValueError(
-            f"the engine {name} runs exported folders, which decoct does not write yet; use --engine decoct"
-        )
-    if name == "onnxruntime":
-        return _onnxruntime(model, context, num_seats)
+    if name in ("onnxruntime", "openvino"):
+        return open_exported(name, model, context=context, num_seats=num_seats)
     opened = open_model(model)
     room = choose_context(opened, context)
     return NetworkEngine(name, opened, open_network(opened, name, context=room, num_seats=num_seats, dtype=dtype))
-
-
-def _onnxruntime(model: str | Path, context: int | None, num_seats: int) -> Engine:
-    """A folder that was exported to ONNX as it is; another checkpoint written as one first, into a temporary folder."""
-    folder = Path(model)
-    if (folder / GENAI).is_file():
-        opened = open_exported(folder)
-        room = choose_context(opened, context)
-        return NetworkEngine("onnxruntime", opened, OnnxNetwork(folder, context=room, num_seats=num_seats))
-    opened = open_model(model)
-    room = choose_context(opened, context)
-    with ExitStack() as unfinished:
-        folder = Path(unfinished.enter_context(TemporaryDirectory(prefix="decoct-")))
-        export_model(opened, "onnx", folder, load=False)
-        network = OnnxNetwork(folder, context=room, num_seats=num_seats)
-        return NetworkEngine("onnxruntime", opened, network, unfinished.pop_all().close)
 
 
 def _llama_cpp(model: str | Path, context: int | None) -> Engine:

@@ -1,15 +1,11 @@
 """Opening a checkpoint as a network: decoct's own decode loop, or transformers."""
 
-from pathlib import Path
-
 import torch
 
-from decoct.arch import find_family
 from decoct.model import Model
 from decoct.runtime.anatomy import slow_because
 from decoct.runtime.decoder import Decoder
 from decoct.runtime.network import Network
-from decoct.store import FolderSource, read_json
 
 _USUAL_CONTEXT = 4096
 
@@ -26,16 +22,6 @@ def choose_context(model: Model, wanted: int | None) -> int:
     if limit is not None and wanted > limit:
         raise ValueError(f"context {wanted} is more than the model's limit of {limit} tokens; use --context {limit}")
     return wanted
-
-
-def open_exported(folder: Path) -> Model:
-    """A folder of another engine as a model without tensors: its config and its tokenizer.
-
-    Raises:
-        ValueError: there is no config.json.
-    """
-    config = read_json(folder / "config.json")
-    return Model(FolderSource(folder, config, {}, ()), find_family(config))
 
 
 def open_network(

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from decoct.exporters.held import Held, codes_of
+from decoct.exporters.held import Held, codes_of, narrowed
 from decoct.exporters.llama_like import Sizes, angles_of, windows_of
 from decoct.exporters.onnx.graph import CONTRIB, OnnxGraph
 from decoct.model import Model
@@ -172,14 +172,6 @@ class OnnxCanvas:
     def _name(self, kind: str) -> str:
         self._count += 1
         return f"{kind}.{self._count}"
-
-
-def narrowed(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In 16 bits where these hold every one of the values exactly."""
-    for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(values.to(dtype).float(), values):
-            return values.to(dtype)
-    return values
 
 
 def pack(codes: UInt8[Tensor, "*lead n"], bits: int) -> UInt8[Tensor, "*lead bytes"]:
