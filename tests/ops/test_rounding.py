@@ -12,15 +12,18 @@ ROWS, GROUPS, SIZE = 5, 3, 16
 
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_gradients_against_autograd(asymmetric: bool) -> None:
-    position, g = 4 * gaussian(ROWS, GROUPS, SIZE, seed=1), gaussian(ROWS, GROUPS, SIZE, seed=2)
+    w, g = 1.4 * gaussian(ROWS, GROUPS, SIZE, seed=1), gaussian(ROWS, GROUPS, SIZE, seed=2)
+    offset = 0.3 * gaussian(ROWS, GROUPS, SIZE, seed=4)
     scale = 0.3 + 0.1 * gaussian(ROWS, GROUPS, 1, seed=3).abs()
     low = gaussian(ROWS, GROUPS, 1, seed=5).round() - 3 if asymmetric else torch.full((ROWS, GROUPS, 1), -4.0)
     high = low + 7
+    scale[0] *= -1
+    position = w / scale + offset
     clipped = clipped_codes(position, low, high)
     assert 0 < int((clipped != position.round()).sum()) < clipped.numel() / 2, "both cases must occur"
     assert bool(((clipped >= low) & (clipped <= high)).all())
-    expected = gradients(g, position, scale, low, high)
-    for found, exact in zip(rounding_gradients(g, position, scale, low, high), expected, strict=True):
+    expected = gradients(g, w, offset, scale, low, high)
+    for found, exact in zip(rounding_gradients(g, w / scale, offset, scale, low, high), expected, strict=True):
         assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -47,6 +50,6 @@ def test_arguments_are_left_alone() -> None:
     given = (g, position, one)
     before = [each.clone() for each in given]
     clipped_codes(position, -2 * one, one)
-    rounding_gradients(*given, -2 * one, one)
+    rounding_gradients(g, position, position, one, -2 * one, one)
     grid_gradients(*given, -2 * one, one)
     assert all(torch.equal(each, old) for each, old in zip(given, before, strict=True))

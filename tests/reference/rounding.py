@@ -9,12 +9,14 @@ def straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def gradients(gradient: Tensor, position: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """d Σ gradient · scale · clip(round(position)) by position and scale; groups are the last dimension."""
-    scale, position = (each.double().requires_grad_() for each in (scale, position))
-    code = straight_through(position).clamp(low.double(), high.double())
-    by_position, by_scale = torch.autograd.grad((gradient.double() * scale * code).sum(), (position, scale))
-    return by_position, by_scale
+def gradients(
+    gradient: Tensor, w: Tensor, offset: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """d Σ gradient · scale · clip(round(w / scale + offset)) by offset and scale; groups are the last dimension."""
+    offset, scale = (each.double().requires_grad_() for each in (offset, scale))
+    code = straight_through(w.double() / scale + offset).clamp(low.double(), high.double())
+    by_offset, by_scale = torch.autograd.grad((gradient.double() * scale * code).sum(), (offset, scale))
+    return by_offset, by_scale
 
 
 def on_grid(w: Tensor, log_scale: Tensor, zero: Tensor, bits: int) -> Tensor:

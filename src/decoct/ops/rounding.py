@@ -22,24 +22,27 @@ def clipped_codes(
 
 def rounding_gradients(
     gradient: Float[Tensor, "rows groups size"],
-    position: Float[Tensor, "rows groups size"],
+    center: Float[Tensor, "rows groups size"],
+    offset: Float[Tensor, "rows groups size"],
     scale: Float[Tensor, "rows groups 1"],
     low: Float[Tensor, "rows groups 1"],
     high: Float[Tensor, "rows groups 1"],
 ) -> tuple[Float[Tensor, "rows groups size"], Float[Tensor, "rows groups 1"]]:
-    """Gradients by `position` and by `scale`, given that by the rounded weights.
+    """Gradients of value = scale · clip(round(w / scale + offset)) by `offset` and by `scale`.
 
     Args:
-        gradient: of the loss by `scale * code`.
-        position: what is rounded.
+        gradient: of the loss by the values.
+        center: w / scale.
+        offset: what is added to it before it is rounded.
         scale: one for each group.
         low: the least code.
         high: the greatest code.
     """
-    rounded = position.round()
+    rounded = (center + offset).round_()
     code = rounded.clamp(low, high)
-    of_position = (gradient * scale).mul_(code == rounded)
-    return of_position, code.mul_(gradient).sum(-1, keepdim=True)
+    of_offset = (gradient * scale).mul_(code == rounded)
+    of_scale = code.mul_(gradient).sum(-1, keepdim=True) - (of_offset * center).sum(-1, keepdim=True) / scale
+    return of_offset, of_scale
 
 
 class GridGradients(NamedTuple):

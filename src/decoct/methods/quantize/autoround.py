@@ -1,6 +1,6 @@
 """AutoRound / SignRound (arXiv 2309.05516, 2512.04746): learn which way to round, by signed gradient steps."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -15,7 +15,8 @@ from decoct.ops.rounding import clipped_codes, rounding_gradients
 from decoct.weights import GroupInt
 
 _HALF = 0.5  # a weight may move to the neighbouring code, not beyond
-_SCALE_RATE = 0.25  # a scale's relative step, in steps of a weight
+_SCALE_RATE, _SLOW_SCALE_RATE = 1.0, 0.25  # a scale's relative step, in steps of a weight
+_ALMOST_ALL = 0.99  # of the weights have the nearest code: it was found by rounding them
 _SCALE_RANGE = (0.5, 1.5)  # of the scale that was found before
 
 
@@ -40,7 +41,7 @@ class AutoRound(BlockLearning):
 
     key: ClassVar[str] = "autoround"
     path: ClassVar[float] = 0.75
-    state_bytes: ClassVar[int] = 8
+    state_bytes: ClassVar[int] = 12
     step_operations: ClassVar[float] = 40.0
 
     learn_scale: bool = True
@@ -52,79 +53,91 @@ class AutoRound(BlockLearning):
 
 @dataclass(slots=True)
 class _Latent(Latent):
-    """Integer codes on their way: where each weight lies between codes, and each group's scale.
+    """Integer codes on their way: code = clip(round(following / scale + offset)); scale and offset are learned.
 
-    The scale is learned apart from the codes: a position stays where it is when its scale changes.
+    Where weights start at the code that is nearest to it, the weights follow their scale: when it moves, they lie
+    elsewhere among the codes and are rounded anew. Codes that an earlier step chose otherwise, as GPTQ does to make up
+    for errors elsewhere, are not to be lost that way: there nothing follows, and scales move slowly.
 
     Attributes:
-        before: the codes and scales that it started with.
-        position: where each weight lies, in codes counted from zero.
-        start: where it lay; it may move half a code from there.
-        first: the scales that it started with.
-        factor: what they are multiplied by.
-        zero: zero points.
-        learn_scale: whether scales are learned too.
+        begun: the grid that it started with.
+        following: the weights, or zeros.
+        offset: what is added before rounding.
+        first: where each offset started; it may move half a code from there.
+        factor: what the first scales are multiplied by.
+        scale_rate: a factor's step, in steps of an offset; 0: scales stay.
     """
 
-    before: GroupInt
-    position: Float[Tensor, "out groups size"]
-    start: Float[Tensor, "out groups size"]
-    first: Float[Tensor, "out groups 1"]
+    begun: Start
+    following: Float[Tensor, "out groups size"]
+    offset: Float[Tensor, "out groups size"]
+    first: Float[Tensor, "out groups size"]
     factor: Float[Tensor, "out groups 1"]
-    zero: Float[Tensor, "out groups 1"]
-    learn_scale: bool
+    scale_rate: float
 
     @classmethod
     def of(cls, weight: GroupInt, wanted: Float[Tensor, "out in"], *, learn_scale: bool) -> Self:
-        """Start where the codes are, as near to what is wanted as those codes allow."""
+        """Start at the codes that are there."""
         begun = Start.of(weight)
-        scale, zero = (each.expand(weight.shape[0], -1, -1) for each in (begun.scale, begun.zero))
-        codes = begun.codes()
-        start = (wanted.reshape(codes.shape) / scale).clamp_(codes - NEAREST, codes + NEAREST)
-        return cls(weight, start.clone(), start, scale.clone(), torch.ones_like(scale), zero, learn_scale)
+        entries, codes, factor = wanted.reshape(begun.shape), begun.codes(), torch.ones_like(begun.scale)
+        exact = entries / begun.scale
+        nearest = clipped_codes(exact, *begun.limits(begun.zero)) == codes
+        if nearest.float().mean() > _ALMOST_ALL:
+            following, first, rate = entries, begun.position(wanted) - exact, _SCALE_RATE
+        else:
+            following, rate = torch.zeros(()).expand(begun.shape), _SLOW_SCALE_RATE
+            first = exact.clamp_(codes - NEAREST, codes + NEAREST)
+        if not learn_scale or factor.shape[0] != begun.shape[0]:  # the matrix has one scale in all
+            rate = 0.0
+        return cls(begun, following, first.clone(), first, factor, rate)
 
     @override
     def values(self) -> Float[Tensor, "out in"]:
-        out = torch.empty_like(self.position)
+        out = torch.empty_like(self.offset)
 
         def work(part: slice) -> None:
-            torch.mul(self._codes(part), self._scale(part), out=out[part])
+            scale = self._scale(part)
+            torch.mul(self._codes(part, scale), scale, out=out[part])
 
-        each_piece(work, *self.before.shape)
-        return out.reshape(self.before.shape)
+        each_piece(work, *self.begun.weight.shape)
+        return out.reshape(self.begun.weight.shape)
 
     @override
     def move(self, gradient: Float[Tensor, "out in"], rate: float) -> None:
-        g = gradient.reshape(self.position.shape)
-        own_scales = self.before.scale.shape[0] == self.before.shape[0]  # each row has some; the matrix not one in all
+        g = gradient.reshape(self.offset.shape)
 
         def work(part: slice) -> None:
-            position, start = self.position[part], self.start[part]
-            by_position, by_scale = rounding_gradients(g[part], position, self._scale(part), *self._limits(part))
-            if self.learn_scale and own_scales:
-                moved = self.factor[part] - _SCALE_RATE * rate * (by_scale * self.first[part]).sign()
+            offset, first, scale = self.offset[part], self.first[part], self._scale(part)
+            center, limits = self.following[part] / scale, self._limits(part)
+            by_offset, by_scale = rounding_gradients(g[part], center, offset, scale, *limits)
+            if self.scale_rate:
+                moved = (
+                    self.factor[part] - self.scale_rate * rate * (by_scale * scale).sign()
+                )  # a scale may be negative
                 self.factor[part] = moved.clamp_(*_SCALE_RANGE)
-            self.position[part] = (position - rate * by_position.sign()).clamp_(start - _HALF, start + _HALF)
+            self.offset[part] = (offset - rate * by_offset.sign()).clamp_(first - _HALF, first + _HALF)
 
-        each_piece(work, *self.before.shape)
+        each_piece(work, *self.begun.weight.shape)
 
     @override
     def weight(self) -> GroupInt:
-        everything = slice(0, self.before.shape[0])
-        codes = (self._codes(everything) + self.zero).to(torch.uint8).reshape(self.before.shape)
-        grid = self.before.grid()
-        if grid.scale.shape[0] == self.before.shape[0]:
-            grid = replace(grid, scale=self._scale(everything).squeeze(-1).to(grid.scale.dtype))
-        return GroupInt.of(codes, grid, self.before.dtype)
+        everything = slice(0, self.begun.shape[0])
+        scale = self._scale(everything)
+        return self.begun.packed(self._codes(everything, scale), scale, self.begun.zero)
 
     def _scale(self, part: slice) -> Tensor:
         """Rounded to what will be stored."""
-        return (self.first[part] * self.factor[part]).to(self.before.scale.dtype).float()
+        return self.begun.stored(_rows(self.begun.scale, part) * _rows(self.factor, part))
 
     def _limits(self, part: slice) -> tuple[Tensor, Tensor]:
         """Least and greatest code, counted from zero."""
-        return -self.zero[part], 2**self.before.bits - 1 - self.zero[part]
+        return self.begun.limits(_rows(self.begun.zero, part))
 
-    def _codes(self, part: slice) -> Tensor:
+    def _codes(self, part: slice, scale: Tensor) -> Tensor:
         """Codes counted from zero."""
-        return clipped_codes(self.position[part], *self._limits(part))
+        return clipped_codes((self.following[part] / scale).add_(self.offset[part]), *self._limits(part))
+
+
+def _rows(x: Float[Tensor, "rows groups 1"], part: slice) -> Float[Tensor, "some groups 1"]:
+    """Some rows; the only one if it is for all."""
+    return x if x.shape[0] == 1 else x[part]
