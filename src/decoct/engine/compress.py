@@ -20,6 +20,7 @@ from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
 from decoct.engine.find_guidance import Finding, find_guidance
 from decoct.engine.find_information import Informing, find_information
+from decoct.engine.find_masks import Masking, find_masks
 from decoct.engine.guidance import Guidance, layout
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.learn_basis import Learning, learned_basis
@@ -49,6 +50,7 @@ from decoct.engine.summary import Result, read_result, write_summary
 from decoct.engine.tune import CHECKPOINT, Tuning, run_tuning
 from decoct.engine.uneven import Sizing, UnevenModel, sized
 from decoct.engine.write import finish_folder
+from decoct.methods.prune.sheared_llama import ShearedLLaMA
 from decoct.methods.rotate.spinquant import SpinQuant
 from decoct.model import Model, open_model
 from decoct.store import MANIFEST, FolderSource, open_safetensors, read_json, save_safetensors
@@ -242,14 +244,17 @@ def _run_blocks(
 def _informed(
     plan: Plan, becomes: Reshaped | None, tokens: Tensor | None, places: tuple[Path, Path], note: OnEvent
 ) -> Reshaped | None:
-    """The same, with what gradients say of neurons and heads where the method goes by them, and each block's width.
+    """The same, with what gradients or learned masks say of neurons and heads, and with each block's width.
 
     `places`: for what is found, and for what lies on disk on the way.
     """
     if isinstance(becomes, NarrowModel) and becomes.method.by_gradient:
         assert tokens is not None
-        edges = trunks(becomes.base, becomes.method)
-        found = find_information(Informing(becomes.base, edges, tokens, plan.dtype, *places, note))
+        if isinstance(becomes.method, ShearedLLaMA):
+            found = find_masks(Masking(becomes, tokens, plan.dtype, places[0], note))
+        else:
+            edges = trunks(becomes.base, becomes.method)
+            found = find_information(Informing(becomes.base, edges, tokens, plan.dtype, *places, note))
         becomes = replace(becomes, information={becomes.prefix(block): each for block, each in enumerate(found)})
     return sized(Sizing(becomes, tokens, plan.dtype, places[0], note)) if isinstance(becomes, UnevenModel) else becomes
 

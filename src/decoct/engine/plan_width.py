@@ -13,10 +13,13 @@ from decoct.engine.plan_guidance import GuidancePlan
 from decoct.engine.plan_reshaped import Costs, batch_bytes, computed_in, plan_reshaped
 from decoct.engine.runner import running_nbytes
 from decoct.engine.uneven import UnevenModel
+from decoct.losses.chunks import AT_ONCE
+from decoct.methods.prune.sheared_llama import ShearedLLaMA
 from decoct.methods.width import WidthMethod
 from decoct.model import Model
 
 _SQUARES = 5  # copies of an edge's Gram matrix while its matrices are refitted
+_KEPT = 3  # of each input and output of a block's matrices, what the gradient wants kept
 _COPIES = 4  # of an edge's matrices in float32
 
 
@@ -39,7 +42,8 @@ def plan_width(
     needs_data = method.needs_data
     dtype = computed_in(model, dtype, needs_data=needs_data)
     seconds = _seconds(model, method, data, dtype) if needs_data else 2 * model.nbytes / 1e9
-    scratch = _sweep(model).scratch_bytes(data, dtype, 0) if method.by_gradient else 0
+    sweeps = method.by_gradient and not isinstance(method, ShearedLLaMA)
+    scratch = _sweep(model).scratch_bytes(data, dtype, 0) if sweeps else 0
     costs = Costs(_working(model, method, data, dtype), seconds, scratch)
     return plan_reshaped(left, method, costs, data if needs_data else None, budget, dtype), left
 
@@ -71,7 +75,19 @@ def _working(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) 
         states = data.num_tokens * model.shape(model.family.embed)[1] * dtype.itemsize
         scoring = states + grams + running_nbytes(model, torch.float32)
     working = size + batch_bytes(model, data, dtype) + max(grams + most, scoring)
+    if isinstance(method, ShearedLLaMA):
+        return max(working, _learning(model, method, data, dtype))
     return max(working, _sweep(model).working_bytes(data, dtype)) if method.by_gradient else working
+
+
+def _learning(model: Model, method: ShearedLLaMA, data: Data, dtype: torch.dtype) -> int:
+    """The whole model, hidden states before every block, one block with all that its gradient wants, and logits."""
+    tokens, width = method.batch_size * data.sequence_length, model.shape(model.family.embed)[1]
+    shapes = [model.shape(model.prefix(0) + slot.name) for slot in model.block_slots]
+    states = (model.num_blocks + 6) * tokens * width * dtype.itemsize
+    block = sum(_COPIES * prod(shape) + _KEPT * tokens * sum(shape) for shape in shapes) * dtype.itemsize
+    logits = _COPIES * 4 * min(AT_ONCE, tokens * model.shape(model.end_slots[-1].name)[0])
+    return model.num_parameters * dtype.itemsize + states + block + logits
 
 
 def _sweep(model: Model) -> GuidancePlan:
@@ -85,4 +101,7 @@ def _seconds(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) 
     squares = sum((trunk.unit * trunk.num_units) ** 2 for trunk in trunks(model, method))
     cubes = sum((trunk.unit * trunk.num_units) ** 3 for trunk in trunks(model, method))
     solving = (2.0 * data.num_tokens * squares + 10.0 * cubes) * model.num_blocks / (0.4 * product_rate(torch.float32))
+    if isinstance(method, ShearedLLaMA):
+        seen = method.num_steps * method.batch_size * data.sequence_length
+        return forwards + solving + 8.0 * model.num_parameters * seen / (0.4 * product_rate(dtype))
     return forwards + solving + (_sweep(model).seconds(data, dtype) if method.by_gradient else 0.0)

@@ -40,6 +40,7 @@ from decoct.methods.prune.obd import OBD
 from decoct.methods.prune.obs import OBS
 from decoct.methods.prune.reap import REAP
 from decoct.methods.prune.ria import RIA
+from decoct.methods.prune.sheared_llama import ShearedLLaMA
 from decoct.methods.prune.shortgpt import ShortGPT
 from decoct.methods.prune.sleb import SLEB
 from decoct.methods.prune.slicegpt import SliceGPT
@@ -130,6 +131,7 @@ METHODS: dict[str, type[AnyMethod]] = {
     "flap": FLAP,
     "llm_pruner": LLMPruner,
     "ziplm": ZipLM,
+    "sheared_llama": ShearedLLaMA,
     "slicegpt": SliceGPT,
     "ria": RIA,
     "obd": OBD,

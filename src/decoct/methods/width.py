@@ -24,8 +24,8 @@ class Channels:
             the same order as the reader's columns; keys and values of grouped queries appear once for each query head.
         unit: neighbouring channels that can only go together: 1 in an MLP, a key-value head's share in attention.
         stats: statistics of the edge, by kind.
-        information: the Fisher information of a factor on what each unit puts out, up to a common factor, or None: the
-            method does not go by gradients.
+        information: the Fisher information of a factor on what each unit puts out, up to a common factor, or what a
+            mask on it has learned; None: the method does not go by gradients.
     """
 
     reader: Float[Tensor, "out channels"]
