@@ -26,6 +26,8 @@ from decoct.recipe import Recipe, RecipeError, parse_recipe, read_recipe, recipe
 from decoct.search import Found, SearchPlan, find_bits
 from decoct.search import plan_search as plan_bits
 from decoct.store import atomic_path
+from decoct.training.processes import num_processes, process_number
+from decoct.training.together import compress_together
 
 RecipeLike = str | Path | dict[str, Any] | Sequence[str | Path | dict[str, Any]]
 """A preset's name, a recipe file, a recipe as data, or several of these to run one after another."""
@@ -235,8 +237,9 @@ def compress(
     if not fresh and is_result_of(folder, job):
         missing = [form for form in missing if not is_finished(place(folder, form))]
     with planning_as_at(loaded):
-        result = compress_job(job, watch or Watch())
-    for form in missing:
+        together = compress_together if num_processes() > 1 else compress_job
+        result = together(job, watch or Watch())
+    for form in [] if process_number() else missing:
         _export_result(folder, form)
     return result
 

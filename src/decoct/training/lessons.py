@@ -11,6 +11,7 @@ from decoct.methods.training import TrainingMethod
 from decoct.samples import Mixer, Mixing, Source, Writing, collate, write, writer_of
 from decoct.training.network import Student
 from decoct.training.objective import Objective
+from decoct.training.processes import num_processes, process_number
 from decoct.training.text import Text
 
 _PROMPT = 0.25  # of a sequence of the text: what the student goes on from
@@ -41,9 +42,9 @@ class Lessons:
         return cls(method, text, student, Mixer(rule))
 
     def batch(self, step: int, part: int, total: int) -> tuple[Int[Tensor, "batch seq"], Batch]:
-        """The batch of a step, counted from 0, of `total`; `part` numbers the batches that make up a step."""
+        """The batch of a step, counted from 0, of `total`; `part` numbers this process's batches of the step."""
         method = self.method
-        number = step * method.accumulate + part
+        number = (step * method.accumulate + part) * num_processes() + process_number()
         tokens, batch = self.text.batch(number, method.batch_size)
         source = self.mixer.choose(step, total)
         if source is Source.TEXTS:
@@ -77,6 +78,8 @@ def check_lessons(method: TrainingMethod, objective: Objective) -> None:
     Raises:
         ValueError: MiniLLM's, without texts of the student alone; a teacher that was kept on disk, with them.
     """
+    if num_processes() > 1 and (method.replay or method.keep_teacher):
+        raise ValueError("replay and keep_teacher need one process; set them to 0, or start one process")
     if method.student_writes and method.keep_teacher:
         raise ValueError(
             "keep_teacher knows the text alone, not what the student writes; set on_policy and replay to 0"

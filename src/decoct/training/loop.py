@@ -22,8 +22,9 @@ from decoct.training.lessons import Lessons
 from decoct.training.network import Student
 from decoct.training.objective import Objective
 from decoct.training.optimizer import Optimizer
+from decoct.training.processes import num_processes, process_number, said_by_first, wait_for_all
 from decoct.training.progress import Progress
-from decoct.training.text import Text
+from decoct.training.text import Text, steps_of
 
 BEST = "best.safetensors"
 """The parameters that did best on held-out text, in a stage's folder."""
@@ -71,17 +72,21 @@ class Trainer:
         Raises:
             ValueError: nothing is trained, or the text is another one than before.
         """
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         method = todo.method
         self._todo = todo
         self._optimizer = Optimizer(todo.student, method.weight_decay)
-        self._accelerator = Accelerator(cpu=True, gradient_accumulation_steps=method.accumulate)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=not todo.objective.terms)
+        self._accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=method.accumulate, kwargs_handlers=[unused]
+        )
         self._student, self._adam = self._accelerator.prepare(todo.student, self._optimizer.adam)
         length = todo.text.train.shape[1]
-        self.progress = Progress(method.steps(length), todo.text.digest)
+        self.progress = Progress(steps_of(method, length), todo.text.digest)
         self._lessons = Lessons.of(method, todo.text, todo.student)
         self._restore()
+        wait_for_all()  # before the first writes over what the others read
         self._saved, self._save_takes = time.perf_counter(), 0.0
 
     def run(self) -> None:
@@ -97,9 +102,10 @@ class Trainer:
         with _asked_to_stop() as asked:
             while not progress.over:
                 self._one_step()
-                if asked.is_set():
+                if self._agreed(asked.is_set()):
                     self._save()
                     raise KeyboardInterrupt
+        wait_for_all()  # for what the first has written
         if method.evaluate_every and progress.looks:
             self._optimizer.restore(_read(self._todo.folder / BEST), len(progress.losses))
 
@@ -119,6 +125,13 @@ class Trainer:
         if progress.over or time.perf_counter() - self._saved > waits:
             self._save()
 
+    def _agreed(self, asked: bool) -> bool:
+        """Whether to stop; all processes go by the first one's clock, and by who asked it."""
+        progress = self.progress
+        mine = [asked, progress.total, progress.settled, progress.stopped]
+        asked, progress.total, progress.settled, progress.stopped = said_by_first(mine)
+        return asked
+
     def _step(self, step: int) -> float:
         """Change the parameters once; gives the loss before that."""
         method = self._todo.method
@@ -134,7 +147,7 @@ class Trainer:
                     self._clip()
                 self._adam.step()
                 self._adam.zero_grad()
-        return total
+        return total if num_processes() == 1 else float(self._accelerator.reduce(torch.tensor(total), "mean"))
 
     def _loss(self, tokens: Int[Tensor, "batch seq"], batch: Batch) -> Tensor:
         """Mean over tokens."""
@@ -160,7 +173,7 @@ class Trainer:
         better = loss < progress.best
         progress.looks.append((len(progress.losses), loss))
         progress.stopped = progress.stopped or progress.lost_patience(method.patience)
-        if better:
+        if better and process_number() == 0:
             save_safetensors(self._todo.folder / BEST, self._optimizer.values(), {"steps": str(len(progress.losses))})
             self._save()  # together: going on from an earlier state would leave the best of a future that never was
         mark = ", the best so far" if better else ""
@@ -168,11 +181,13 @@ class Trainer:
 
     def _tell(self, step: int, loss: float, seconds: float) -> None:
         progress, method = self.progress, self._todo.method
-        tokens = method.batch_size * method.accumulate * self._todo.text.train.shape[1]
+        tokens = num_processes() * method.batch_size * method.accumulate * self._todo.text.train.shape[1]
         speed = f", {tokens / seconds:.0f} tokens/s" if seconds else ""
         self._todo.on_event(Event(f"step {step + 1}{speed}", step + 1, progress.total, None, seconds, 0, loss=loss))
 
     def _save(self) -> None:
+        if process_number():
+            return
         begun = time.perf_counter()
         self.progress.mixing = self._lessons.mixer.state() if self._todo.method.replay else {}
         tensors = {**self._optimizer.state(), "rng": torch.get_rng_state()}

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -23,9 +25,12 @@ from decoct.training.loop import Trainer, Training, read_progress
 from decoct.training.network import Student, Teacher
 from decoct.training.objective import objective_of
 from decoct.training.plan import numbers_of, plan_training
+from decoct.training.processes import said_by_first
 from decoct.training.teachers import kept_teacher, predicting, settled, teach_of, teachers_of
 from decoct.training.text import TEACHER, length_of, read_text, source_of
 from decoct.training.views.choose import Becoming, changes_form, vectors_of, views_of
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class TrainStage(OwnStage):
     def run(self, given: StageRun) -> dict[str, Any]:
         parts = list(contents(given.model))
         student = None
-        if any(given.journal.finished(part) is None for part, _, _ in parts):
+        needed = any(given.journal.finished(part) is None for part, _, _ in parts)
+        said_by_first([needed, str(given.plan.dtype).removeprefix("torch."), str(given.folder)])
+        if needed:
             student = self._trained(given)
         else:
             self._retell(given)
@@ -94,6 +101,13 @@ class TrainStage(OwnStage):
             given.on_event(Event(part, number + 1, len(parts), None, time.perf_counter() - started, nbytes))
         progress = read_progress(given.folder / CHECKPOINT)
         return {"training": {"steps": len(progress.losses), "text": progress.text, "held_out": progress.looks}}
+
+    def help(self, given: StageRun) -> None:
+        """What a process does that is not the first: its share of every step, if any is left."""
+        needed, dtype, folder = said_by_first([None, None, None])
+        if needed:
+            plan = replace(given.plan, dtype=_DTYPES[dtype])
+            self._trained(replace(given, plan=plan, folder=Path(folder)))
 
     def _trained(self, given: StageRun) -> Student:
         """The model as it is in the end."""

@@ -13,6 +13,7 @@ from decoct.losses import Batch
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model
 from decoct.samples import read_records
+from decoct.training.processes import num_processes
 
 LESSONS = ".jsonl"
 """How files of prompts and answers end."""
@@ -79,6 +80,12 @@ def length_of(method: TrainingMethod, data: Data) -> int:
     return method.sequence_length or data.sequence_length
 
 
+def steps_of(method: TrainingMethod, length: int) -> int:
+    """Optimizer steps with sequences of `length` tokens: each process reads its share of `num_tokens`."""
+    steps = method.steps(length)
+    return steps if method.num_steps is not None else max(1, round(steps / num_processes()))
+
+
 def source_of(method: TrainingMethod, data: Data) -> str:
     """Where the text comes from."""
     source = data.source if method.data is None else method.data
@@ -95,7 +102,8 @@ def read_text(
     """
     length, source = length_of(method, data), source_of(method, data)
     held_out = method.held_out if method.evaluate_every else 0
-    wanted = method.steps(length) * method.batch_size * method.accumulate + held_out
+    steps = steps_of(method, length)
+    wanted = steps * method.batch_size * method.accumulate * num_processes() + held_out
     if source == TEACHER:
         assert teacher is not None
         count = min(wanted, data.num_sequences + held_out)
