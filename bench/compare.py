@@ -8,6 +8,7 @@ Seconds are of the compression alone: imports and model loading are left out on 
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -140,7 +141,10 @@ def theirs(row: str, args: argparse.Namespace) -> dict[str, Any]:
         args.python[tool], HERE / "peers" / TOOLS[tool], args.model, out, "--method", method, *wanted, "--calibration",
         args.calibration, "--sequences", protocol["sequences"], "--length", protocol["length"], "--threads", args.threads,
     ]  # fmt: skip
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Not our search path: the tool would take modules of this folder for packages of the same name.
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    parts = [str(part) for part in command]
+    subprocess.run(parts, check=True, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     made = json.loads((out / "result.json").read_text())
     bits = {"bits_in_matrices": level + BITS_BESIDE.get(tool, 16 / 64)} if isinstance(level, int) else {}
     return {
