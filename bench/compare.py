@@ -62,7 +62,9 @@ def main() -> None:
         measured = list(lines(HERE / "results" / "peers.jsonl"))
         for page, pruning in (("quantization.md", False), ("pruning.md", True)):
             mine = [row for row in measured if ("pruning" in row["peer"]["tool"]) == pruning]
-            write_tables(HERE / page, {"peers": side_by_side(mine)})
+            tables = {"peers": [row for row in mine if row["protocol"] == "standard"]}
+            tables["peers, quick"] = [row for row in mine if row["protocol"] == "quick"]
+            write_tables(HERE / page, {name: side_by_side(rows) for name, rows in tables.items() if rows})
         return
     args.work.mkdir(parents=True, exist_ok=True)
     args.python = dict(each.split("=", 1) for each in args.tool)
