@@ -71,20 +71,21 @@ MLX = IntegerFormat(
     "mlx", "MLX", (2, 3, 4, 5, 6, 8), (32, 64, 128), whole_rows=False, full_words=("in",), ends=True, real_zeros=True,
     fused=False,
 )  # fmt: skip
-INTEGER_FORMATS = (GPTQ, AWQ, MLX)
 
 
 def holders(description: dict[str, Any], shape: tuple[int, int]) -> list[str]:
-    """Formats that hold a weight's own integers, by name: nearest to a folder of integers first."""
+    """Formats that hold a weight's own integers, by name: those that most engines read first, Apple's own last."""
     form = form_of(description)
     if form is None:
         return []
-    found = [each.name for each in INTEGER_FORMATS if each.misfit(form, shape) is None]
+    found = [each.name for each in (GPTQ, AWQ) if each.misfit(form, shape) is None]
     kind = description["inner"]["kind"] if description["kind"] == Masked.kind else description["kind"]
     if kind == GroupInt.kind and form.zero != "real":
         found.append("compressed_tensors")
     if exact_types(form, description, shape[1]):
         found.append("gguf")
+    if MLX.misfit(form, shape) is None:
+        found.append(MLX.name)
     return found
 
 
