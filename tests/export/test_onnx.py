@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 import decoct
-from decoct.exporters import ExportReport, check_expected, export_model
+from decoct.exporters import check_expected, export_model
 from decoct.exporters.compare import our_logits
 from decoct.exporters.held import Held, codes_of
 from decoct.exporters.in_onnxruntime import OnnxDecoder
@@ -23,25 +23,7 @@ from decoct.ops.grid import Grid
 from decoct.weights import GroupInt
 from tests.cli.test_commands import invoke
 from tests.engine.running import make_base, run
-
-WIDE = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 16, "num_hidden_layers": 2}
-
-
-def all_ok(report: ExportReport) -> None:
-    """Nothing differs, and everything was looked at."""
-    assert [check for check in report.checks if check.ok is not True] == []
-    assert {"values", "load", "logits"} == {check.name for check in report.checks}
-
-
-def largest_difference(folder: Path, out: Path) -> float:
-    """Of logits, ours and onnxruntime's: a prompt in two pieces, then token by token."""
-    model = open_model(folder)
-    tokens = torch.randint(3, 60, (30,), generator=torch.Generator().manual_seed(3)).tolist()
-    ours, decoder = our_logits(model, torch.tensor(tokens)), OnnxDecoder(out, context=40)
-    decoder.advance(0, tokens[:11])
-    theirs = {19: decoder.advance(0, tokens[11:20]), **{i: decoder.advance(0, [tokens[i]]) for i in range(20, 30)}}
-    assert decoder.length(0) == 30
-    return max(float((ours[i] - row).abs().max()) for i, row in theirs.items())
+from tests.export.drawn import WIDE, all_ok, largest_difference
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])
@@ -49,8 +31,10 @@ def largest_difference(folder: Path, out: Path) -> float:
 def test_families_run_in_onnxruntime(name: str, head_dim: int, tmp_path: Path) -> None:
     """Rotary positions (of heads that GroupQueryAttention turns, and smaller ones), norms, biases, windows."""
     base = make_base(tmp_path, name, **{**WIDE, "head_dim": head_dim}, attention_bias=True)
-    all_ok(export_model(open_model(base), "onnx", tmp_path / "out"))
-    assert largest_difference(base, tmp_path / "out") < 2e-5
+    report = export_model(open_model(base), "onnx", tmp_path / "out")
+    all_ok(report)
+    assert any("one sequence at a time" in note for note in report.notes) == (head_dim == 8)
+    assert largest_difference(base, OnnxDecoder(tmp_path / "out", context=40)) < 2e-5
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -67,7 +51,7 @@ ROPES: dict[str, dict[str, Any]] = {
 def test_scaled_positions(kind: str, tmp_path: Path) -> None:
     base = make_base(tmp_path, "llama", **WIDE, rope_parameters=ROPES[kind])
     export_model(open_model(base), "onnx", tmp_path / "out", load=False)
-    assert largest_difference(base, tmp_path / "out") < 2e-5
+    assert largest_difference(base, OnnxDecoder(tmp_path / "out", context=40)) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -102,7 +86,7 @@ def test_integers_are_written_as_they_are(what: str, tmp_path: Path) -> None:
     all_ok(report)
     assert words in report.notes[0]
     assert report.notes[0].endswith("15 of 15 matrices hold decoct's own integers")
-    assert largest_difference(out, tmp_path / "out") < 2e-5
+    assert largest_difference(out, OnnxDecoder(tmp_path / "out", context=40)) < 2e-5
     kinds = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node]
     assert (kinds.count("MatMulNBits"), kinds.count("GatherBlockQuantized"), kinds.count("FusedMatMul")) == (15, 1, 0)
 

@@ -10,34 +10,14 @@ import pytest
 import torch
 
 import decoct
-from decoct.exporters import ExportReport, check_expected, export_model
+from decoct.exporters import check_expected, export_model
 from decoct.exporters.compare import our_logits
 from decoct.exporters.in_openvino import OpenVinoDecoder
 from decoct.exporters.llama_like import angles_of
 from decoct.model import open_model
 from tests.cli.test_commands import invoke
 from tests.engine.running import make_base, run
-
-WIDE = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 16, "num_hidden_layers": 2}
-
-
-def all_ok(report: ExportReport) -> None:
-    """Nothing differs, and everything was looked at."""
-    assert [check for check in report.checks if check.ok is not True] == []
-    assert {"values", "load", "logits"} == {check.name for check in report.checks}
-
-
-def largest_difference(folder: Path, out: Path) -> float:
-    """Of logits, ours and OpenVINO's: a prompt in two pieces, then token by token; after another sequence."""
-    model = open_model(folder)
-    tokens = torch.randint(3, 60, (30,), generator=torch.Generator().manual_seed(3)).tolist()
-    ours, decoder = our_logits(model, torch.tensor(tokens)), OpenVinoDecoder(out, context=40, rounded=False)
-    decoder.advance(0, tokens[5:9])
-    decoder.release(0)
-    decoder.advance(0, tokens[:11])
-    theirs = {19: decoder.advance(0, tokens[11:20]), **{i: decoder.advance(0, [tokens[i]]) for i in range(20, 30)}}
-    assert decoder.length(0) == 30
-    return max(float((ours[i] - row).abs().max()) for i, row in theirs.items())
+from tests.export.drawn import WIDE, all_ok, largest_difference
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "qwen2", "qwen3"])
@@ -45,7 +25,7 @@ def test_families_run_in_openvino(name: str, tmp_path: Path) -> None:
     """Rotary positions, norms, biases, windows."""
     base = make_base(tmp_path, name, **WIDE, attention_bias=True)
     all_ok(export_model(open_model(base), "openvino", tmp_path / "out"))
-    assert largest_difference(base, tmp_path / "out") < 2e-5
+    assert largest_difference(base, OpenVinoDecoder(tmp_path / "out", context=40, rounded=False)) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -79,7 +59,7 @@ def test_integers_are_written_as_they_are(what: str, tmp_path: Path) -> None:
     report = export_model(open_model(out), "openvino", tmp_path / "out")
     all_ok(report)
     assert report.notes[0].endswith("15 of 15 matrices hold decoct's own integers")
-    assert largest_difference(out, tmp_path / "out") < 2e-5
+    assert largest_difference(out, OpenVinoDecoder(tmp_path / "out", context=40, rounded=False)) < 2e-5
     constants = openvino.Core().read_model(tmp_path / "out" / "openvino_model.xml").get_ops()
     found = [each for each in constants if each.get_friendly_name().endswith(".codes")]
     assert len(found) == 15

@@ -23,11 +23,9 @@ from decoct.exporters.integer_folder import (
     in_float16,
     notes_of,
     uncompressed,
-    verify_folder,
 )
 from decoct.exporters.integer_formats import AWQ, WHOLE_ROWS
 from decoct.exporters.misfit import MisfitError
-from decoct.exporters.report import Check
 from decoct.model import Model
 from decoct.ops.packing import pack_words, unpack_words
 from decoct.store import write_json
@@ -144,11 +142,6 @@ def write_awq(plan: AwqPlan, out: Path) -> tuple[str, ...]:
     write_folder(plan.model, out, plan.tensors, config)
     write_json(out / "quant_config.json", config)
     return notes_of(plan.model, plan.layouts)
-
-
-def verify_awq(plan: AwqPlan, out: Path) -> list[Check]:
-    """Names, shapes, types and values, read back."""
-    return verify_folder(plan.model, out, plan.layouts, plan.kinds, plan.matrix)
 
 
 def _common_size(columns: Iterable[int]) -> int | None:

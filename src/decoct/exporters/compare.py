@@ -91,8 +91,9 @@ def compare(name: str, ours: Float[Tensor, "length vocab"], written: Written, *,
         divergence += float((likely * difference).sum()) / count
         largest = max(largest, float((difference.abs() * (likely > 0.01)).max()))
     agree = int((mine.argmax(-1) == torch.tensor(written.tokens)).sum())
+    shown = round(divergence, 5) + 0.0  # no "-0.00000"
     detail = (
-        f"KL {divergence:.5f} nats over {count} tokens, largest difference of a log-probability {largest:.4f}, "
+        f"KL {shown:.5f} nats over {count} tokens, largest difference of a log-probability {largest:.4f}, "
         f"same likeliest token {agree} of {count}"
     )
     return Check(name, abs(divergence) <= (_NEARLY if nearly else _SAME_KL), detail)

@@ -9,7 +9,7 @@ from torch import Tensor
 from decoct.exporters import awq, compressed_tensors, dense, gguf, gptq, mlx, onnx, openvino, peft
 from decoct.exporters.in_peft import verify_in_peft
 from decoct.exporters.in_transformers import verify_in_transformers
-from decoct.exporters.integer_folder import stored_integers
+from decoct.exporters.integer_folder import stored_integers, verify_folder
 from decoct.exporters.report import Check
 from decoct.exporters.vllm_rules import Stored
 from decoct.model import Model
@@ -122,7 +122,7 @@ def _write_gptq(request: Request) -> tuple[str, ...]:
 
 def _verify_gptq(request: Request) -> Verified:
     plan = gptq.plan_gptq(request.model, request.variant, fold=request.fold)
-    return [*gptq.verify_gptq(plan, request.out), Check("load", ok=None, detail=_NO_ENGINE)], None
+    return [*verify_folder(plan, request.out), Check("load", ok=None, detail=_NO_ENGINE)], None
 
 
 def _write_awq(request: Request) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def _write_awq(request: Request) -> tuple[str, ...]:
 
 
 def _verify_awq(request: Request) -> Verified:
-    checks = awq.verify_awq(awq.plan_awq(request.model, fold=request.fold), request.out)
+    checks = verify_folder(awq.plan_awq(request.model, fold=request.fold), request.out)
     return [*checks, Check("load", ok=None, detail=_NO_ENGINE)], None
 
 

@@ -25,11 +25,9 @@ from decoct.exporters.integer_folder import (
     in_float16,
     notes_of,
     uncompressed,
-    verify_folder,
 )
 from decoct.exporters.integer_formats import GPTQ
 from decoct.exporters.integers import Integers
-from decoct.exporters.report import Check
 from decoct.model import Model
 from decoct.ops.packing import pack_words, unpack_words
 from decoct.store import write_json
@@ -171,11 +169,6 @@ def write_gptq(plan: GptqPlan, out: Path) -> tuple[str, ...]:
     if plan.version == "v2":
         notes += ("checkpoint_format gptq_v2: zero points as they are; gptq:v1 stores them less one",)
     return notes
-
-
-def verify_gptq(plan: GptqPlan, out: Path) -> list[Check]:
-    """Names, shapes, types and values, read back."""
-    return verify_folder(plan.model, out, plan.layouts, plan.kinds, plan.matrix)
 
 
 def _settings(layout: Layout) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How graphs hold matrices: as decoct's own integers where the format's kernels multiply such, else uncompressed."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,13 @@ def choose_held(model: Model, kernels: Kernels, *, fold: bool) -> dict[str, Held
         what = f"{kernels.name} cannot say that keys and values are kept by {policy}"
         raise MisfitError(what, "leave the cache stage out", "add --fold to leave that out")
     return {name: _choose(model, name, kernels, fold=fold) for name in model.slots()}
+
+
+def note_of(held: Mapping[str, Held]) -> str:
+    """How matrices are held, for a user."""
+    kinds = ", ".join(f"{n} {words}" for words, n in Counter(each.words for each in held.values()).most_common())
+    own = sum(each.bits is not None for each in held.values())
+    return f"{kinds}; {own} of {len(held)} matrices hold decoct's own integers"
 
 
 def codes_of(weight: Weight, held: Held) -> Codes:

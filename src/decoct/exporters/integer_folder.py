@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -181,24 +181,33 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape and type of a tensor."""
 
 
-def verify_folder(
-    model: Model,
-    out: Path,
-    layouts: Layouts,
-    wanted: Callable[[str], dict[str, Kind]],
-    matrix: Callable[..., Tensor],
-    rounded: Collection[str] = (),
-) -> list[Check]:
+class FolderPlan(Protocol):
+    """A folder of integers before it is written."""
+
+    @property
+    def model(self) -> Model:
+        """What is written."""
+
+    @property
+    def layouts(self) -> Layouts:
+        """How, of each slot."""
+
+    def kinds(self, name: str) -> dict[str, Kind]:
+        """Shapes and types of the tensors of a matrix in integers."""
+
+    def matrix(self, name: str, read: Read) -> Tensor:
+        """A matrix as readers of the format unpack it, float32 [out, in]."""
+
+
+def verify_folder(plan: FolderPlan, out: Path, rounded: Collection[str] = ()) -> list[Check]:
     """Whether a folder has the tensors that it should have, and our values in them.
 
     Args:
-        model: what was written.
+        plan: what was written.
         out: the folder.
-        layouts: how.
-        wanted: the tensors of a matrix in integers, by its full name.
-        matrix: its values, float32 [out, in], from its full name and what reads a tensor of the folder.
         rounded: matrices whose zero points the format rounds: their error is told, and may be more than that of scales.
     """
+    model, layouts = plan.model, plan.layouts
     source = open_source(out)
     assert isinstance(source, FolderSource)
     expected: dict[str, Kind] = {}
@@ -208,7 +217,7 @@ def verify_folder(
             stored = shape[::-1] if model.slots()[name].transposed else shape
             expected[name] = (stored, model.dtype)
         else:
-            expected |= wanted(name)
+            expected |= plan.kinds(name)
     for block in (None, *range(model.num_blocks)):
         expected |= {name: (model.shape(name), model.tensor(name).dtype) for name in model.others(block)}
     found = {name: (source.shape(name), source.dtype(name)) for name in source.names()}
@@ -216,7 +225,7 @@ def verify_folder(
     if not tensors.ok:
         return [tensors]
     errors = {
-        name: _error(model.weight(name).unpack(torch.float32), matrix(name, source.read))
+        name: _error(model.weight(name).unpack(torch.float32), plan.matrix(name, source.read))
         for name, layout in layouts.items()
         if layout is not None
     }

@@ -123,7 +123,7 @@ def verify_mlx(plan: MlxPlan, out: Path) -> list[Check]:
     Symmetric integers have to be the same; of those with zero points the error of rounding their biases is told.
     """
     rounded = [name for name, layout in plan.layouts.items() if layout is not None and not layout.symmetric]
-    return verify_folder(plan.model, out, plan.layouts, plan.kinds, plan.matrix, rounded)
+    return verify_folder(plan, out, rounded)
 
 
 def _settings(layout: Layout) -> tuple[tuple[str, int], ...]:

@@ -13,7 +13,8 @@ from decoct.model import Model
 from decoct.ops.packing import pack_bits
 
 LOGITS = "logits"
-_TURNED = 16  # channels: GroupQueryAttention turns heads of multiples of it
+TURNED = 16
+"""Channels: GroupQueryAttention turns heads of multiples of it, sequence by sequence."""
 
 
 @dataclass
@@ -106,7 +107,7 @@ class OnnxCanvas:
     def attention(self, block: int, queries: str, keys: str, values: str) -> str:
         """GroupQueryAttention, which turns queries and keys, and keeps keys and values."""
         size = self.sizes
-        turned = size.head_size % _TURNED == 0
+        turned = size.head_size % TURNED == 0
         if not turned:
             queries, keys = (self._turn(block, x, n) for x, n in ((queries, size.heads), (keys, size.kv_heads)))
         kept = [f"past_key_values.{block}.{each}" for each in ("key", "value")]

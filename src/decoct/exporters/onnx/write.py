@@ -1,13 +1,12 @@
 """An ONNX folder: the graph, its tensors beside it, what onnxruntime-genai has to know, and the tokenizer."""
 
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from decoct.exporters.held import Held, Kernels, choose_held
+from decoct.exporters.held import Held, Kernels, choose_held, note_of
 from decoct.exporters.llama_like import Sizes, draw, sizes_of
-from decoct.exporters.onnx.draw import LOGITS, OnnxCanvas
+from decoct.exporters.onnx.draw import LOGITS, TURNED, OnnxCanvas
 from decoct.exporters.onnx.genai import GENAI, genai_config
 from decoct.exporters.onnx.graph import OnnxGraph
 from decoct.model import Model
@@ -36,9 +35,10 @@ class OnnxPlan:
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the choices."""
-        kinds = ", ".join(f"{n} {words}" for words, n in Counter(h.words for h in self.held.values()).most_common())
-        own = sum(held.bits is not None for held in self.held.values())
-        return (f"{kinds}; {own} of {len(self.held)} matrices hold decoct's own integers",)
+        if self.sizes.head_size % TURNED == 0:
+            return (note_of(self.held),)
+        positions = f"heads of {self.sizes.head_size} channels get right positions in batches of equal lengths only"
+        return note_of(self.held), f"{positions}: give other runtimes one sequence at a time"
 
 
 def plan_onnx(model: Model, variant: str | None, *, fold: bool) -> OnnxPlan:

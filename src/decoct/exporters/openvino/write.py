@@ -1,11 +1,10 @@
 """An OpenVINO folder: the graph and its constants as IR, config.json and the tokenizer."""
 
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from decoct.exporters.held import Held, Kernels, choose_held
+from decoct.exporters.held import Held, Kernels, choose_held, note_of
 from decoct.exporters.in_openvino import GRAPH
 from decoct.exporters.llama_like import Sizes, draw, sizes_of
 from decoct.exporters.openvino.draw import OpenVinoCanvas
@@ -32,9 +31,7 @@ class OpenVinoPlan:
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the choices."""
-        kinds = ", ".join(f"{n} {words}" for words, n in Counter(h.words for h in self.held.values()).most_common())
-        own = sum(held.bits is not None for held in self.held.values())
-        return (f"{kinds}; {own} of {len(self.held)} matrices hold decoct's own integers",)
+        return (note_of(self.held),)
 
 
 def plan_openvino(model: Model, *, fold: bool) -> OpenVinoPlan:
