@@ -19,7 +19,8 @@ from decoct.ops.float_grid import encode_packed, fit_float_grid
 from decoct.ops.grid import Grid
 from decoct.runtime.kernels import linear
 from decoct.runtime.kernels.library import library
-from decoct.weights import Codebook, Dense, FloatBlock, GroupInt, Sparse, Ternary, Weight
+from decoct.weights import Codebook, Dense, FloatBlock, GroupInt, Sparse, Ternary, Trellis, Weight
+from decoct.weights.trellis import sequences_of
 
 OUT, IN, GROUP = 2048, 5632, 64
 ROUNDS = 5  # A B A B ...
@@ -45,6 +46,12 @@ def sparse(keep: float) -> Sparse:
     return Sparse.of(w, torch.rand(OUT, IN) < keep)
 
 
+def trellis(bits: int) -> Trellis:
+    size = (IN // 16, *sequences_of(OUT * 16))
+    digits = torch.randint(2**bits, size, dtype=torch.uint8)
+    return Trellis.of(digits, (OUT, IN), torch.ones(1, 1).half(), torch.bfloat16, bits=bits, state_bits=10, stripe=16)
+
+
 def weights() -> dict[str, Callable[[], Weight]]:
     ints = {f"int{bits} g{GROUP}": lambda bits=bits: integers(bits) for bits in (2, 3, 4, 5, 6, 8)}
     return {
@@ -60,6 +67,7 @@ def weights() -> dict[str, Callable[[], Weight]]:
         "codebook 8 bits for 8": lambda: Codebook.of(
             torch.randint(256, (OUT, IN // 8), dtype=torch.uint8), torch.randn(1, 256, 8).half(), torch.bfloat16
         ),
+        **{f"trellis {bits} bits": lambda bits=bits: trellis(bits) for bits in (2, 3, 4)},
         "bf16": lambda: Dense.of(torch.randn(OUT, IN).bfloat16()),
         "sparse 50 %": lambda: sparse(0.5),
         "sparse 80 %": lambda: sparse(0.2),

@@ -13,7 +13,8 @@ from decoct.ops.grid import Grid
 from decoct.runtime import kernels
 from decoct.runtime.kernels.compiled import Compiled
 from decoct.runtime.kernels.library import library
-from decoct.weights import Codebook, Dense, GroupInt, Weight
+from decoct.weights import Codebook, Dense, GroupInt, Sparse, Trellis, Weight
+from decoct.weights.trellis import sequences_of
 from tests.weights.samples import samples
 
 FOUND = library()
@@ -126,6 +127,65 @@ def test_tables_of_rows(bits: int, level: str) -> None:
         product.at_level(level)
         agrees(product, weight, inputs(2, shape[1]))
         assert torch.equal(product.unpack(), weight.unpack())
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_times_bfloat16(bits: int, level: str) -> None:
+    """Two codes at a time, where the processor does that: groups of whole units, one group a row, and smaller ones."""
+    for shape in [(5, 24), (16, 32), (33, 96), (37, 192), (20, 168)]:
+        for group_size in {8, 32, 64, 96, shape[1]}:
+            if shape[1] % group_size:
+                continue
+            for form in ("symmetric", "integer", "real"):
+                weight = integers(bits, shape, group_size, form)
+                product = kernels.linear(weight)
+                assert isinstance(product, Compiled)
+                product.at_level(level)
+                for rows in (1, 3, 9):
+                    agrees(product, weight, inputs(rows, shape[1], torch.bfloat16))
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sparse_and_dense_rows(dtype: torch.dtype, level: str) -> None:
+    """Rows that end anywhere, and bitmaps from empty to full."""
+    for shape in [(3, 8), (17, 40), (5, 168), (33, 200), (16, 512)]:
+        for keep in (0.0, 0.3, 0.9, 1.0):
+            matrix = inputs(*shape, dtype)
+            kept = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < keep
+            for weight in (Sparse.of(matrix, kept), Dense.of(matrix)):
+                product = kernels.linear(weight)
+                assert isinstance(product, Compiled)
+                product.at_level(level)
+                for rows in (1, 2, 7):
+                    agrees(product, weight, inputs(rows, shape[1], dtype))
+                assert torch.equal(product.unpack(), weight.unpack())
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("bits", "state_bits"), [(1, 10), (1, 16), (2, 10), (2, 15), (3, 10), (3, 16), (4, 10), (4, 16)]
+)
+def test_trellises(bits: int, state_bits: int, level: str) -> None:
+    """Rows that fill half a block, sequences that end within one, stripes that are not full."""
+    generator = torch.Generator().manual_seed(bits)
+    for rows, cols, stripe in [(8, 16, 16), (24, 40, 16), (136, 20, 8), (200, 48, 16), (64, 24, 8)]:
+        size = (-(-cols // stripe), *sequences_of(rows * stripe))
+        digits = torch.randint(2**bits, size, generator=generator, dtype=torch.uint8)
+        for scale in (torch.rand(1, 1, generator=generator), torch.rand(rows, 1, generator=generator).half()):
+            weight = Trellis.of(
+                digits, (rows, cols), scale, torch.float32, bits=bits, state_bits=state_bits, stripe=stripe
+            )
+            product = kernels.linear(weight)
+            assert isinstance(product, Compiled)
+            product.at_level(level)
+            for count in (1, 3, 9):
+                agrees(product, weight, inputs(count, cols))
+            assert torch.equal(product.unpack(), weight.unpack())
 
 
 @needs_library

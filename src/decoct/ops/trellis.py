@@ -83,6 +83,18 @@ def decode(digits: UInt8[Tensor, "*seqs length"], bits: int, state_bits: int) ->
     return table.index_select(0, (state & ((1 << state_bits) - 1)).flatten()).view(digits.shape)
 
 
+@cache
+def window_values(bits: int, state_bits: int) -> Float[Tensor, " windows"]:
+    """The value of each window of a stream as it is packed: the newest digit in the highest bits; float32."""
+    lead = shortest(bits, state_bits)
+    windows = torch.arange(1 << (lead + 1) * bits, dtype=torch.int32)
+    state = torch.zeros_like(windows)
+    for older in range(lead + 1):
+        digit = (windows >> (lead - older) * bits) & ((1 << bits) - 1)
+        state |= digit << older * bits
+    return state_values(bits, state_bits)[state & ((1 << state_bits) - 1)].float() / _FRACTION
+
+
 def encode(x: Float[Tensor, "seqs length"], bits: int, state_bits: int) -> UInt8[Tensor, "seqs length"]:
     """The digits whose values come closest to each sequence, by squared distance.
 

@@ -35,6 +35,7 @@ _LAYOUTS: dict[str, Callable[[Library, Any], Compiled | None]] = {
     "Sparse": layouts.sparse,
     "SparseInt": layouts.sparse_int,
     "TwoLevelInt": layouts.two_level_int,
+    "Trellis": layouts.trellis,
 }
 _COMPOSED = (Sum, LowRank, Rotated, Stacked, Padded, QuantizedInput)
 

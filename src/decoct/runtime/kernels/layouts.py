@@ -6,6 +6,7 @@ from torch import Tensor
 
 from decoct.ops.minifloat import ELEMENTS, decode
 from decoct.ops.packing import pack_bits, unpack_bits
+from decoct.ops.trellis import shortest, window_values
 from decoct.ops.trits import unpack_trits
 from decoct.runtime.kernels.compiled import BLOCK, Compiled
 from decoct.runtime.kernels.library import FLOATS, Layout, Library
@@ -19,9 +20,11 @@ from decoct.weights import (
     Sparse,
     SparseInt,
     Ternary,
+    Trellis,
     TwoLevelInt,
     Weight,
 )
+from decoct.weights.trellis import sequences_of
 
 _UNIT = 32  # codes that fill whole 32-bit words
 _SUBUNIT = 8  # of which groups consist
@@ -95,6 +98,27 @@ def additive(library: Library, weight: Additive) -> Compiled | None:
     return Compiled(
         library, weight.shape, weight.dtype, Layout.VECTORS, tensors,
         {"books": books, "d": d, "rows_per_table": weight.shape[0], **settings},
+    )  # fmt: skip
+
+
+def trellis(library: Library, weight: Trellis) -> Compiled | None:
+    """Streams of digits as they are stored; None where a column does not consist of whole eights."""
+    rows = weight.shape[0]
+    if rows % 8:
+        return None
+    scale = torch.nn.functional.pad(weight.scale.flatten().expand(rows), (0, -rows % BLOCK))
+    tensors = {
+        "codes": torch.nn.functional.pad(weight.codes.flatten(), (0, 4)),
+        "scale": scale,
+        "table": window_values(weight.bits, weight.state_bits),
+    }
+    count, length = sequences_of(rows * weight.stripe)
+    return Compiled(
+        library, weight.shape, weight.dtype, Layout.TRELLIS, tensors,
+        {
+            "bits": weight.bits, "books": shortest(weight.bits, weight.state_bits), "d": weight.stripe,
+            "rows_per_table": length, "count": count, "stride": weight.codes.shape[2],
+        },
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 1  # of the functions and of `Matrix`; the library says its own
+VERSION = 2  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"
@@ -42,9 +42,10 @@ class Layout(IntEnum):
     VECTORS = 5
     BITMAP = 6
     INDEXED = 7
+    TRELLIS = 8
 
 
-LEVELS = ("portable", "avx2", "avx512", "neon")
+LEVELS = ("portable", "avx2", "avx512", "neon", "avx512bf16")
 """Instruction levels; a later one that the processor has is faster."""
 
 

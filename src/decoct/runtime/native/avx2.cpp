@@ -2,4 +2,5 @@
 #include "level.h"
 
 const decoct::Level decoct::avx2_level = {
-    decoct::avx2::multiply, decoct::avx2::unpack, decoct::avx2::widen, decoct::avx2::narrow};
+    decoct::avx2::multiply, decoct::avx2::unpack, decoct::avx2::widen, decoct::avx2::narrow,
+    nullptr, nullptr, nullptr};

@@ -2,4 +2,5 @@
 #include "level.h"
 
 const decoct::Level decoct::avx512_level = {
-    decoct::avx512::multiply, decoct::avx512::unpack, decoct::avx512::widen, decoct::avx512::narrow};
+    decoct::avx512::multiply, decoct::avx512::unpack, decoct::avx512::widen, decoct::avx512::narrow,
+    nullptr, nullptr, nullptr};

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdlib>
-#include <type_traits>
 
 #include "panels.h"
 #include "rows.h"
+#include "trellis.h"
 
 namespace decoct {
 namespace DECOCT_LEVEL {
@@ -20,15 +20,6 @@ struct Row {
   Row(const Row&) = delete;
 };
 
-// Calls f with a functor that makes values of codes, made for the matrix's bits.
-template <template <int> class Value, int FEWEST, int MOST, class F>
-void with_bits(const DecoctMatrix& m, const F& f) {
-  if constexpr (FEWEST < MOST) {
-    if (m.bits != FEWEST) return with_bits<Value, FEWEST + 1, MOST>(m, f);
-  }
-  f(std::integral_constant<int, FEWEST>(), Value<FEWEST>(m));
-}
-
 template <int COUNT>
 void multiply_count(const DecoctMatrix& m, const Inputs& in, int64_t first, int64_t last, float* out) {
   const int64_t step = rounded_up(m.rows, kRows);
@@ -37,24 +28,17 @@ void multiply_count(const DecoctMatrix& m, const Inputs& in, int64_t first, int6
       multiply_panel<decltype(bits)::value, COUNT>(m, in, panel, value, m.layout == DECOCT_INTS, out);
   };
   switch (m.layout) {
+    case DECOCT_TRELLIS: return multiply_trellis<COUNT>(m, in, first, last, out);
     case DECOCT_INTS: return with_bits<Integers, 1, 8>(m, panels);
     case DECOCT_TABLE: return with_bits<Entries, 1, 4>(m, panels);
     case DECOCT_MINIFLOAT: return (m.bits == 6 ? with_bits<Minifloats, 6, 6>(m, panels) : with_bits<Minifloats, 8, 8>(m, panels));
     default: break;
   }
-  const Row row(m.cols);
   for (int64_t r = first * kRows; r < last * kRows && r < m.rows; ++r) {
     if (m.layout == DECOCT_INDEXED) {
       indexed_row(m, in, COUNT, r, out + r, step);
-    } else if (m.layout != DECOCT_DENSE) {
-      fill_row(m, r, row.entries);
-      dot_products<COUNT>(row.entries, in, m.cols, out + r, step);
-    } else if (m.value_type == DECOCT_F32) {
-      dense_row<COUNT, DECOCT_F32>(m, in, r, out + r, step);
-    } else if (m.value_type == DECOCT_F16) {
-      dense_row<COUNT, DECOCT_F16>(m, in, r, out + r, step);
     } else {
-      dense_row<COUNT, DECOCT_BF16>(m, in, r, out + r, step);
+      with_reader(m, r, [&](const auto& reader) { dot_products<COUNT>(reader, in, m.cols, out + r, step); });
     }
   }
 }
@@ -62,7 +46,7 @@ void multiply_count(const DecoctMatrix& m, const Inputs& in, int64_t first, int6
 void multiply(const DecoctMatrix& m, const Inputs& in, int count, int64_t first, int64_t last, float* out) {
 #if defined(DECOCT_COMPACT)
   for (int64_t k = 0; k < count; ++k) {
-    const Inputs one{in.x + k * in.width, in.sums + k * in.groups, in.width, in.groups};
+    const Inputs one{in.x + k * in.width, in.sums + k * in.groups, in.width, in.groups, nullptr};
     multiply_count<1>(m, one, first, last, out + k * rounded_up(m.rows, kRows));
   }
 #else
@@ -79,6 +63,7 @@ void unpack(const DecoctMatrix& m, int64_t first, int64_t last, int32_t type, vo
           m, panel, value, m.layout == DECOCT_INTS, type, out + (panel - first) * kRows * m.cols * kSizes[type]);
   };
   switch (m.layout) {
+    case DECOCT_TRELLIS: return unpack_trellis(m, first, last, type, out);
     case DECOCT_INTS: return with_bits<Plain, 1, 8>(m, panels);
     case DECOCT_TABLE: return with_bits<Entries, 1, 4>(m, panels);
     case DECOCT_MINIFLOAT: return (m.bits == 6 ? with_bits<Minifloats, 6, 6>(m, panels) : with_bits<Minifloats, 8, 8>(m, panels));

@@ -1,5 +1,6 @@
 // The functions that Python calls: they choose the instruction level, and share blocks of rows among threads.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "matrix.h"
@@ -18,9 +19,12 @@ using namespace decoct;
 constexpr int64_t kWorthAThread = 1 << 15;  // bytes of a matrix that take longer than waking a helper
 constexpr int kShares = 8;                  // pieces for each thread: one that is disturbed takes fewer
 
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3 };
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3, AVX512BF16 = 4 };
 
 const Level& level_of(int32_t number) {
+#if defined(DECOCT_X86_BF16)
+  if (number == AVX512BF16) return avx512bf16_level;
+#endif
 #if defined(DECOCT_X86)
   if (number == AVX512) return avx512_level;
   if (number == AVX2) return avx2_level;
@@ -52,14 +56,28 @@ void add_groups(const DecoctMatrix& m, const float* x, float* sums) {
 
 struct Scratch {
   std::vector<float> x, sums, out;
+  std::vector<uint32_t> pairs;
 };
+
+// Inputs side by side, as products of two codes at a time read them; empty where the matrix is not multiplied so.
+void pair(const DecoctMatrix& m, const Level& level, const void* x, int32_t type, int64_t count, int64_t width, std::vector<uint32_t>& pairs) {
+  pairs.clear();
+  if (type != DECOCT_BF16 || !level.multiply_pairs || !level.pairs_fit(m)) return;
+  static thread_local std::vector<uint16_t> row;
+  row.assign(width, 0);
+  pairs.resize((count == 1 ? 1 : rounded_up(count, kMostInputs)) * width / 2);
+  for (int64_t i = 0; i < count; ++i) {
+    memcpy(row.data(), (const uint16_t*)x + i * m.cols, m.cols * 2);
+    level.pair_inputs(m, row.data(), width, pairs.data() + i * width / 2);
+  }
+}
 
 }  // namespace
 
 // Changes whenever DecoctMatrix or a function below does.
-DECOCT_EXPORT int32_t decoct_version() { return 1; }
+DECOCT_EXPORT int32_t decoct_version() { return 2; }
 
-// Bit n is set where this processor runs level n: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON.
+// Bit n is set where this processor runs level n: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON, 4 AVX-512 with bf16.
 DECOCT_EXPORT uint32_t decoct_levels() {
   uint32_t levels = 1u << PORTABLE;
 #if defined(DECOCT_X86)
@@ -69,6 +87,10 @@ DECOCT_EXPORT uint32_t decoct_levels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
       levels |= 1u << AVX512;
+#if defined(DECOCT_X86_BF16)
+    if (levels >> AVX512 & 1 && __builtin_cpu_supports("avx512bf16") &&
+        __builtin_cpu_supports("avx512vbmi2")) levels |= 1u << AVX512BF16;
+#endif
   }
 #endif
 #if defined(DECOCT_ARM)
@@ -93,14 +115,21 @@ DECOCT_EXPORT void decoct_multiply(
     level.widen((const char*)x + i * m.cols * (type == DECOCT_F32 ? 4 : 2), type, m.cols, inputs + i * width);
     if (m.layout == DECOCT_INTS) add_groups(m, inputs + i * width, sums + i * m.groups);
   }
+  pair(m, level, x, type, count, width, scratch.pairs);
+  const uint32_t* pairs = scratch.pairs.empty() ? nullptr : scratch.pairs.data();
+  const auto multiply = pairs ? level.multiply_pairs : level.multiply;
   const int64_t blocks = height / kRows, block = bytes_of_block(m);
   threads = (int32_t)std::min<int64_t>(threads, 1 + blocks * block / kWorthAThread);
-  const int64_t grain = std::max<int64_t>(1, blocks / ((int64_t)std::max(threads, 1) * kShares));
+  // A trellis is read column by column: the fewer pieces, the longer those of a column that lie together.
+  const bool columns = m.layout == DECOCT_TRELLIS;
+  const int64_t shares = (int64_t)std::max(threads, 1) * (columns ? 1 : kShares);
+  const int64_t grain = std::max<int64_t>(1, columns ? (blocks + shares - 1) / shares : blocks / shares);
   Pool::shared().share(blocks, grain, threads, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b)  // a block of codes stays in the cache for all inputs
+    const int64_t at_once = columns ? last - first : 1;  // a block of codes stays in the cache for all inputs
+    for (int64_t b = first; b < last; b += at_once)
       for (int64_t i = 0; i < padded; i += kMostInputs) {
-        const Inputs in{inputs + i * width, sums + i * m.groups, width, m.groups};
-        level.multiply(m, in, padded == 1 ? 1 : kMostInputs, b, b + 1, products + i * height);
+        const Inputs in{inputs + i * width, sums + i * m.groups, width, m.groups, pairs ? pairs + i * width / 2 : nullptr};
+        multiply(m, in, padded == 1 ? 1 : kMostInputs, b, b + at_once, products + i * height);
       }
   });
   for (int64_t i = 0; i < count; ++i)

@@ -2,4 +2,5 @@
 #include "level.h"
 
 const decoct::Level decoct::neon_level = {
-    decoct::neon::multiply, decoct::neon::unpack, decoct::neon::widen, decoct::neon::narrow};
+    decoct::neon::multiply, decoct::neon::unpack, decoct::neon::widen, decoct::neon::narrow,
+    nullptr, nullptr, nullptr};

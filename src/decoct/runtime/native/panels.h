@@ -2,6 +2,8 @@
 // an input that all rows share.
 #pragma once
 
+#include <type_traits>
+
 #include "matrix.h"
 #include "vector.h"
 
@@ -14,6 +16,13 @@
 
 namespace decoct {
 namespace DECOCT_LEVEL {
+
+// Asks memory for what is read some time later: processors do so themselves, but not early enough to keep memory busy.
+template <int LINES>
+DECOCT_INLINE void ask_for(const void* now) {
+#pragma GCC unroll 8
+  for (int i = 0; i < LINES; ++i) __builtin_prefetch((const char*)now + 64 * (kAhead + i));
+}
 
 // Code `index` of a unit, in the low bits of each lane; above them lie the codes that follow.
 template <int BITS>
@@ -123,9 +132,12 @@ void multiply_panel(const DecoctMatrix& m, const Inputs& in, int64_t panel, cons
   if (m.group_size % kUnit == 0 || m.groups == 1) {
     for (int64_t column = 0; column < in.width;) {
       for (; column < end && column < in.width; column += kUnit, unit += BITS * kRows)
+      {
+        ask_for<BITS>(unit);
         DECOCT_UNROLL
         for (int eighth = 0; eighth < 4; ++eighth)
           add_eight<BITS, COUNT, CHAINS>(sums, value, unit, eighth, in.x + column, in.width);
+      }
       close();
     }
   } else {
@@ -180,6 +192,15 @@ void unpack_panel(const DecoctMatrix& m, int64_t panel, const Value& value, bool
     transpose(block);
     for (int r = 0; r < rows; ++r) store_some(out, r * m.cols + column, type, block[r], m.cols - column);
   }
+}
+
+// Calls f with a functor that makes values of codes, made for the matrix's bits.
+template <template <int> class Value, int FEWEST, int MOST, class F>
+void with_bits(const DecoctMatrix& m, const F& f) {
+  if constexpr (FEWEST < MOST) {
+    if (m.bits != FEWEST) return with_bits<Value, FEWEST + 1, MOST>(m, f);
+  }
+  f(std::integral_constant<int, FEWEST>(), Value<FEWEST>(m));
 }
 
 }  // namespace DECOCT_LEVEL

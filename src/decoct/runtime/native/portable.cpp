@@ -3,4 +3,5 @@
 #include "level.h"
 
 const decoct::Level decoct::portable_level = {
-    decoct::portable::multiply, decoct::portable::unpack, decoct::portable::widen, decoct::portable::narrow};
+    decoct::portable::multiply, decoct::portable::unpack, decoct::portable::widen, decoct::portable::narrow,
+    nullptr, nullptr, nullptr};

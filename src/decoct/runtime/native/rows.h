@@ -1,4 +1,4 @@
-// Rows: matrices stored row by row. A row is turned into floats that stay in the cache, then multiplied.
+// Rows: matrices stored row by row. A reader gives the entries of one row as floats, 16 columns at a time, from the first on.
 #pragma once
 
 #include "matrix.h"
@@ -7,47 +7,180 @@
 namespace decoct {
 namespace DECOCT_LEVEL {
 
-// The dot products of one row with `COUNT` inputs; `row` is padded with zeros to whole vectors.
-template <int COUNT>
-DECOCT_INLINE void dot_products(const float* row, const Inputs& in, int64_t cols, float* out, int64_t step) {
-  constexpr int CHAINS = COUNT == 1 ? 4 : 2;
+// The dot products of one row with `COUNT` inputs, which are zero behind the row's end.
+template <int COUNT, class Reader>
+void dot_products(Reader reader, const Inputs& in, int64_t cols, float* out, int64_t step) {
+  constexpr int CHAINS = COUNT == 1 ? 4 : 2;  // sums that do not wait for one another
   Floats sums[COUNT][CHAINS] = {};
   int64_t column = 0;
   for (; column + 16 * CHAINS <= cols; column += 16 * CHAINS)
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
-      const Floats w = load<Floats>(row + column + 16 * c);
+      const Floats w = reader(column + 16 * c);
 #pragma GCC unroll 4
       for (int k = 0; k < COUNT; ++k) sums[k][c] += w * load<Floats>(in.x + k * in.width + column + 16 * c);
     }
-  for (; column < cols; column += 16)
-    for (int k = 0; k < COUNT; ++k) sums[k][0] += load<Floats>(row + column) * load<Floats>(in.x + k * in.width + column);
+  for (; column < cols; column += 16) {
+    const Floats w = reader(column);
+#pragma GCC unroll 4
+    for (int k = 0; k < COUNT; ++k) sums[k][0] += w * load<Floats>(in.x + k * in.width + column);
+  }
+#pragma GCC unroll 4
   for (int k = 0; k < COUNT; ++k) {
+#pragma GCC unroll 4
     for (int c = 1; c < CHAINS; ++c) sums[k][0] += sums[k][c];
     out[k * step] = sum_lanes(sums[k][0]);
   }
 }
 
-// The same for values in memory of any type.
-template <int COUNT, int TYPE>
-void dense_row(const DecoctMatrix& m, const Inputs& in, int64_t row, float* out, int64_t step) {
-  constexpr int CHAINS = 4;
-  Floats sums[COUNT][CHAINS] = {};
-  const int64_t first = row * m.cols;
-  int64_t column = 0;
-  for (; column + 16 * CHAINS <= m.cols; column += 16 * CHAINS)
-#pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c) {
-      const Floats w = load_numbers(m.values, first + column + 16 * c, TYPE);
-#pragma GCC unroll 4
-      for (int k = 0; k < COUNT; ++k) sums[k][c] += w * load<Floats>(in.x + k * in.width + column + 16 * c);
-    }
-  for (; column < m.cols; column += 16) {
-    const Floats w = load_some(m.values, first + column, TYPE, m.cols - column);
-    for (int k = 0; k < COUNT; ++k) sums[k][0] += w * load<Floats>(in.x + k * in.width + column);
+// Values in memory of any type.
+template <int TYPE>
+struct DenseReader {
+  const DecoctMatrix& m;
+  int64_t first;
+  DenseReader(const DecoctMatrix& matrix, int64_t row) : m(matrix), first(row * matrix.cols) {}
+  DECOCT_INLINE Floats operator()(int64_t column) const {
+    if (m.cols - column < 16) return load_some(m.values, first + column, TYPE, m.cols - column);
+    __builtin_prefetch((const char*)m.values + (first + column) * kSizes[TYPE] + 64 * kAhead);
+    return load_numbers(m.values, first + column, TYPE);
   }
-  for (int k = 0; k < COUNT; ++k)
-    out[k * step] = sum_lanes((sums[k][0] + sums[k][1]) + (sums[k][2] + sums[k][3]));
+};
+
+// A bitmap, and the values where it is set.
+template <int TYPE>
+struct BitmapReader {
+  const DecoctMatrix& m;
+  const uint8_t* bitmap;
+  int64_t at;
+  BitmapReader(const DecoctMatrix& matrix, int64_t row)
+      : m(matrix), bitmap((const uint8_t*)matrix.codes + row * matrix.stride), at(matrix.starts[row]) {}
+  DECOCT_INLINE Floats operator()(int64_t column) {
+    uint32_t mask = bitmap[column / 8];
+    if (column + 8 < m.cols) mask |= (uint32_t)bitmap[column / 8 + 1] << 8;
+    __builtin_prefetch((const char*)m.values + at * kSizes[TYPE] + 64 * kAhead);
+    const Floats values = m.count - at >= 16 ? load_numbers(m.values, at, TYPE)
+                                             : load_some(m.values, at, TYPE, m.count - at);
+    at += __builtin_popcount(mask);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_expand_ps((__mmask16)mask, (__m512)values);
+#else
+    float lanes[16], spread[16];
+    store(lanes, values);
+    for (int i = 0, next = 0; i < 16; ++i) spread[i] = mask >> i & 1 ? lanes[next++] : 0.0f;
+    return load<Floats>(spread);
+#endif
+  }
+};
+
+// Codes of 8 * bits bits or less from any byte on; what lies beyond the codes' end is zero.
+DECOCT_INLINE uint64_t eight_codes(const DecoctMatrix& m, int64_t byte) {
+  uint64_t word = 0;
+  const int64_t left = m.count - byte;
+  if (left >= 8) {
+    memcpy(&word, (const uint8_t*)m.codes + byte, 8);
+  } else if (left > 0) {
+    memcpy(&word, (const uint8_t*)m.codes + byte, left);
+  }
+  return word;
+}
+
+// Codes into a table of the row.
+template <int BITS>
+struct TableReader {
+  const DecoctMatrix& m;
+  int64_t first;
+  Table table;
+  TableReader(const DecoctMatrix& matrix, int64_t row)
+      : m(matrix), first(row * matrix.stride), table(matrix.table + 16 * (row / matrix.rows_per_table)) {}
+  DECOCT_INLINE Floats operator()(int64_t column) const {
+    const Words shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS,
+                          0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
+    const Ints second = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+    const int64_t byte = first + column / 8 * BITS;  // eight codes take BITS bytes
+    const uint8_t* codes = (const uint8_t*)m.codes + byte;
+    uint32_t low, high;
+    if (m.count - byte >= BITS + 4) {
+      __builtin_prefetch(codes + 64 * kAhead);
+      memcpy(&low, codes, 4);
+      memcpy(&high, codes + BITS, 4);
+    } else {
+      low = (uint32_t)eight_codes(m, byte), high = (uint32_t)eight_codes(m, byte + BITS);
+    }
+    return table[(second ? Words{} + high : Words{} + low) >> shifts];
+  }
+};
+
+DECOCT_INLINE uint32_t code_at(const DecoctMatrix& m, int64_t start, int64_t index) {
+  if (m.bits == 8) return ((const uint8_t*)m.codes)[start + index];
+  const int64_t bit = index * m.bits;
+  return (uint32_t)(eight_codes(m, start + bit / 8) >> bit % 8) & ((1u << m.bits) - 1);
+}
+
+typedef float Eight __attribute__((vector_size(32)));
+
+// Short vectors that codes stand for, of all books added; D is 8, or 0 for any number of entries up to that.
+template <int D>
+struct VectorReader {
+  const DecoctMatrix& m;
+  int64_t row, start, per_book, d;
+  const float* tables;
+  float scale;
+  int64_t next = 0;  // code
+  float pending[32];
+  int64_t have = 0;  // of `pending`
+  VectorReader(const DecoctMatrix& matrix, int64_t r)
+      : m(matrix), row(r), start(r * matrix.stride), per_book(matrix.rows * matrix.stride), d(D ? D : matrix.d),
+        tables(matrix.table + r / matrix.rows_per_table * matrix.books * ((int64_t)1 << matrix.bits) * d) {
+    float lanes[16];
+    store(lanes, m.scale ? load_some(m.scale, row, m.scale_type, 1) : Floats{} + 1.0f);
+    scale = lanes[0];
+  }
+  DECOCT_INLINE const float* entry(int64_t book, int64_t index) const {
+    return tables + ((book << m.bits) + code_at(m, book * per_book + start, index)) * d;
+  }
+  DECOCT_INLINE Eight eight(int64_t index) const {
+    Eight sum = load<Eight>(entry(0, index));
+    for (int64_t book = 1; book < m.books; ++book) sum += load<Eight>(entry(book, index));
+    return sum * scale;
+  }
+  DECOCT_INLINE Floats operator()(int64_t column) {
+    if constexpr (D == 8) {
+      const Eight first = eight(column / 8), second = column + 8 < m.cols ? eight(column / 8 + 1) : Eight{};
+      return __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+    for (; have < 16; have += d, ++next)
+      for (int64_t k = 0; k < d; ++k) {
+        float sum = 0;
+        if (next * d < m.cols)
+          for (int64_t book = 0; book < m.books; ++book) sum += entry(book, next)[k];
+        pending[have + k] = sum * scale;
+      }
+    const Floats found = load<Floats>(pending);
+    have -= 16;
+    memcpy(pending, pending + 16, have * sizeof(float));
+    return found;
+  }
+};
+
+template <template <int> class Reader, class F>
+void with_type(const DecoctMatrix& m, int64_t row, const F& f) {
+  if (m.value_type == DECOCT_F32) return f(Reader<DECOCT_F32>(m, row));
+  if (m.value_type == DECOCT_F16) return f(Reader<DECOCT_F16>(m, row));
+  return f(Reader<DECOCT_BF16>(m, row));
+}
+
+// Calls f with the reader of a row.
+template <class F>
+void with_reader(const DecoctMatrix& m, int64_t row, const F& f) {
+  if (m.layout == DECOCT_BITMAP) return with_type<BitmapReader>(m, row, f);
+  if (m.layout == DECOCT_VECTORS) return m.d == 8 ? f(VectorReader<8>(m, row)) : f(VectorReader<0>(m, row));
+  if (m.layout == DECOCT_DENSE) return with_type<DenseReader>(m, row, f);
+  switch (m.bits) {
+    case 1: return f(TableReader<1>(m, row));
+    case 2: return f(TableReader<2>(m, row));
+    case 3: return f(TableReader<3>(m, row));
+    default: return f(TableReader<4>(m, row));
+  }
 }
 
 DECOCT_INLINE int64_t number(const void* from, int64_t at, int32_t type) {
@@ -76,103 +209,11 @@ __attribute__((noinline)) void fill_indexed(const DecoctMatrix& m, int64_t row, 
   }
 }
 
-__attribute__((noinline)) void fill_dense(const DecoctMatrix& m, int64_t row, float* out) {
-  for (int64_t column = 0; column < m.cols; column += 16)
-    store(out + column, load_some(m.values, row * m.cols + column, m.value_type, m.cols - column));
-}
-
-// A bitmap of 16 columns at a time, and the values of those that are set.
-__attribute__((noinline)) void fill_bitmap(const DecoctMatrix& m, int64_t row, float* out) {
-  const uint8_t* bitmap = (const uint8_t*)m.codes + row * m.stride;
-  int64_t at = m.starts[row];
-  for (int64_t column = 0; column < m.cols; column += 16) {
-    uint32_t mask = bitmap[column / 8];
-    if (column + 8 < m.cols) mask |= (uint32_t)bitmap[column / 8 + 1] << 8;
-    const Floats values = m.count - at >= 16 ? load_numbers(m.values, at, m.value_type)
-                                             : load_some(m.values, at, m.value_type, m.count - at);
-#if defined(__AVX512F__)
-    store(out + column, (Floats)_mm512_maskz_expand_ps((__mmask16)mask, (__m512)values));
-#else
-    float lanes[16];
-    store(lanes, values);
-    for (int i = 0, next = 0; i < 16; ++i) out[column + i] = mask >> i & 1 ? lanes[next++] : 0.0f;
-#endif
-    at += __builtin_popcount(mask);
-  }
-}
-
-// Codes of 8 * bits bits or less from any byte on; what lies beyond the codes' end is zero.
-DECOCT_INLINE uint64_t eight_codes(const DecoctMatrix& m, int64_t byte) {
-  uint64_t word = 0;
-  const int64_t left = m.count - byte;
-  if (left >= 8) {
-    memcpy(&word, (const uint8_t*)m.codes + byte, 8);
-  } else if (left > 0) {
-    memcpy(&word, (const uint8_t*)m.codes + byte, left);
-  }
-  return word;
-}
-
-template <int BITS>
-DECOCT_INLINE Words sixteen_codes(const DecoctMatrix& m, int64_t byte) {
-  const Words shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS,
-                        0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
-  const uint64_t word = eight_codes(m, byte);  // eight codes take BITS bytes
-  const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 8 * BITS);
-  const Words first = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0, 0, 0, 0, 0, 0, 0, 0};
-  const Words words = ((Words{} + low) & first) | ((Words{} + high) & ~first);
-  return words >> shifts;
-}
-
-template <int BITS>
-void fill_from_table(const DecoctMatrix& m, int64_t row, float* out) {
-  const Table table(m.table + 16 * (row / m.rows_per_table));
-  for (int64_t column = 0; column < m.cols; column += 16)
-    store(out + column, table[sixteen_codes<BITS>(m, row * m.stride + column / 8 * BITS)]);
-}
-
-DECOCT_INLINE uint32_t code_at(const DecoctMatrix& m, int64_t start, int64_t index) {
-  if (m.bits == 8) return ((const uint8_t*)m.codes)[start + index];
-  const int64_t bit = index * m.bits;
-  return (uint32_t)(eight_codes(m, start + bit / 8) >> bit % 8) & ((1u << m.bits) - 1);
-}
-
-// Short vectors that codes stand for, of all books added.
-template <int D>
-void fill_vectors(const DecoctMatrix& m, int64_t row, float* out) {
-  const int64_t d = D ? D : m.d, entries = (int64_t)1 << m.bits, per_book = m.rows * m.stride;
-  const float* tables = m.table + row / m.rows_per_table * m.books * entries * d;
-  float scale[16];
-  store(scale, m.scale ? load_some(m.scale, row, m.scale_type, 1) : Floats{} + 1.0f);
-  for (int64_t i = 0; i * d < m.cols; ++i) {
-    float sum[8] = {};
-    for (int64_t book = 0; book < m.books; ++book) {
-      const float* entry = tables + (book * entries + code_at(m, book * per_book + row * m.stride, i)) * d;
-      for (int64_t k = 0; k < d; ++k) sum[k] += entry[k];
-    }
-    for (int64_t k = 0; k < d; ++k) out[i * d + k] = sum[k] * scale[0];
-  }
-}
-
-__attribute__((noinline)) void fill_row(const DecoctMatrix& m, int64_t row, float* out) {
-  if (m.layout == DECOCT_DENSE) return fill_dense(m, row, out);
-  if (m.layout == DECOCT_BITMAP) return fill_bitmap(m, row, out);
+void fill_row(const DecoctMatrix& m, int64_t row, float* out) {
   if (m.layout == DECOCT_INDEXED) return fill_indexed(m, row, out);
-  if (m.layout == DECOCT_ROW_TABLES) {
-    switch (m.bits) {
-      case 1: return fill_from_table<1>(m, row, out);
-      case 2: return fill_from_table<2>(m, row, out);
-      case 3: return fill_from_table<3>(m, row, out);
-      default: return fill_from_table<4>(m, row, out);
-    }
-  }
-  switch (m.d) {
-    case 1: return fill_vectors<1>(m, row, out);
-    case 2: return fill_vectors<2>(m, row, out);
-    case 4: return fill_vectors<4>(m, row, out);
-    case 8: return fill_vectors<8>(m, row, out);
-    default: return fill_vectors<0>(m, row, out);
-  }
+  with_reader(m, row, [&](auto reader) {
+    for (int64_t column = 0; column < m.cols; column += 16) store(out + column, reader(column));
+  });
 }
 
 }  // namespace DECOCT_LEVEL
