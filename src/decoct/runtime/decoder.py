@@ -16,6 +16,7 @@ from decoct.runtime.cache import places
 from decoct.runtime.keep import Keep, PolicyKeep, Span, StaticKeep
 from decoct.runtime.linears import Linear, joined, product
 from decoct.runtime.network import Feed
+from decoct.runtime.step import Step, step_of
 
 _TOKENS_AT_ONCE = 512  # of a prompt: what goes through a block together
 
@@ -77,6 +78,13 @@ class Decoder:
         about: one line: what computes.
         context: the most tokens that a sequence may have.
         num_seats: sequences that it holds at once.
+        dtype: of hidden states, keys and values.
+        form: the family's arithmetic.
+        windows: of each block's attention; None: it sees everything.
+        blocks: their matrices and norms.
+        angles: cosines and signed sines [context, channels] of each rotary embedding.
+        final: the norm before the head.
+        head: what gives logits.
     """
 
     def __init__(self, model: Model, *, context: int, num_seats: int = 1, dtype: torch.dtype | None = None) -> None:
@@ -96,35 +104,37 @@ class Decoder:
             raise ValueError(f"{model.source.label}: {reason}; use --engine transformers")
         self.context, self.num_seats = context, num_seats
         self.dtype = dtype or model.dtype
-        self._form = anatomy(model)
+        self.form = anatomy(model)
         runner = Runner(model, self.dtype)
         angles = runner.rotations(context)
-        if angles[0][0].shape[-1] != self._form.head_size:
+        if angles[0][0].shape[-1] != self.form.head_size:
             raise ValueError(
                 f"{model.source.label}: its rotary embedding turns a part of each head; use --engine transformers"
             )
-        self._keep = _keep(model, self._form, runner, self)
-        load = _Loader(model, self._form, self.dtype)
+        self.windows = [each.sliding_window for each in runner.attentions()]
+        self._keep = _keep(model, self.form, runner, self)
+        load = _Loader(model, self.form, self.dtype)
         self._table = product(model.weight(model.family.embed), self.dtype)
         kinds = {id(cosines): (cosines, sines) for cosines, sines in angles}
         order = list(kinds)
-        self._blocks = [load.block(number, order.index(id(angles[number][0]))) for number in range(model.num_blocks)]
-        self._angles = [(cosines, _signed(sines)) for cosines, sines in kinds.values()]
-        self._final = load.norm(f"{model.family.base_prefix}norm.weight")
+        self.blocks = [load.block(number, order.index(id(angles[number][0]))) for number in range(model.num_blocks)]
+        self.angles = [(cosines, _signed(sines)) for cosines, sines in kinds.values()]
+        self.final = load.norm(f"{model.family.base_prefix}norm.weight")
         head = self._table if model.tied else product(model.weight(model.family.head), self.dtype)
-        self._head = Linear((head,))
+        self.head = Linear((head,))
         self._lengths = [0] * num_seats
+        self._step = step_of(self, self._keep)
         self.about = f"decoct's decode loop, kernels: {', '.join(sorted(self.kernels))}"
 
     @property
     def kernels(self) -> set[str]:
         """What multiplies."""
-        return set[str]().union(*(layer.kernels for layer in self._layers()))
+        return set[str]().union(*(layer.kernels for layer in self.layers()))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the matrices that a token passes through, as they are held: not of a table that is looked up in."""
-        return sum(layer.nbytes for layer in self._layers())
+        return sum(layer.nbytes for layer in self.layers())
 
     @property
     def cache_nbytes(self) -> int:
@@ -145,15 +155,33 @@ class Decoder:
         """Take tokens in; gives the float32 logits after the last token of each feed."""
         for feed in feeds:
             assert self._lengths[feed.seat] + len(feed.tokens) <= self.context, "the caller counts tokens"
+        if self._step is not None and all(len(feed.tokens) == 1 for feed in feeds):
+            return self._one_each(self._step, feeds)
         feeds = [self._all_but_the_last_piece(feed) for feed in feeds]
         hidden = self._run(feeds)
         ends = torch.tensor([len(feed.tokens) for feed in feeds]).cumsum(0) - 1
-        logits = self._head(self._final(hidden[ends])).float()
-        cap = self._form.logit_cap
+        logits = self.head(self.final(hidden[ends])).float()
+        cap = self.form.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _layers(self) -> list[Linear]:
-        return [self._head, *(each for b in self._blocks for each in (b.qkv, b.out, b.gate_up, b.down))]
+    def layers(self) -> list[Linear]:
+        """All matrices that a token passes through."""
+        return [self.head, *(each for b in self.blocks for each in (b.qkv, b.out, b.gate_up, b.down))]
+
+    def _one_each(self, step: Step, feeds: Sequence[Feed]) -> Float[Tensor, "feeds vocab"]:
+        """One token for each sequence: without a way back to Python between the blocks."""
+        seats = [feed.seat for feed in feeds]
+        hidden = self._embedded([feed.tokens[0] for feed in feeds])
+        logits = step(hidden, seats, [self._lengths[seat] for seat in seats])
+        for seat in seats:
+            self._lengths[seat] += 1
+        return logits
+
+    def _embedded(self, tokens: Sequence[int]) -> Float[Tensor, "tokens hidden"]:
+        hidden = self._table.rows(torch.tensor(tokens), self.dtype)
+        if self.form.embed_scale is None:
+            return hidden
+        return hidden * torch.tensor(self.form.embed_scale, dtype=self.dtype)
 
     def _all_but_the_last_piece(self, feed: Feed) -> Feed:
         """A long prompt goes through the blocks in pieces, so that it needs no more memory than a short one."""
@@ -165,13 +193,10 @@ class Decoder:
 
     def _run(self, feeds: Sequence[Feed]) -> Float[Tensor, "tokens hidden"]:
         spans = [Span(feed.seat, self._lengths[feed.seat], len(feed.tokens)) for feed in feeds]
-        tokens = torch.tensor([token for feed in feeds for token in feed.tokens])
         positions = torch.tensor([span.start + i for span in spans for i in range(span.count)])
-        hidden = self._table.rows(tokens, self.dtype)
-        if self._form.embed_scale is not None:
-            hidden = hidden * torch.tensor(self._form.embed_scale, dtype=self.dtype)
-        turns = [(cosines[positions].unsqueeze(1), sines[positions].unsqueeze(1)) for cosines, sines in self._angles]
-        for number, block in enumerate(self._blocks):
+        hidden = self._embedded([token for feed in feeds for token in feed.tokens])
+        turns = [(cosines[positions].unsqueeze(1), sines[positions].unsqueeze(1)) for cosines, sines in self.angles]
+        for number, block in enumerate(self.blocks):
             hidden = hidden + self._attention(number, block, hidden, turns[block.angles], spans)
             hidden = hidden + self._mlp(block, hidden)
         for span in spans:
@@ -181,7 +206,7 @@ class Decoder:
     def _attention(
         self, number: int, block: Block, hidden: Tensor, turn: tuple[Tensor, Tensor], spans: Sequence[Span]
     ) -> Float[Tensor, "tokens hidden"]:
-        form = self._form
+        form = self.form
         turning = form.heads + form.kv_heads
         mixed = block.qkv(block.before[0](hidden)).view(hidden.shape[0], -1, form.head_size)
         both, values = mixed[:, :turning], mixed[:, turning:]
@@ -194,7 +219,7 @@ class Decoder:
 
     def _mlp(self, block: Block, hidden: Tensor) -> Float[Tensor, "tokens hidden"]:
         gate, up = block.gate_up(block.before[1](hidden)).chunk(2, dim=-1)
-        found = block.down(_ACTIVATE[self._form.activation](gate) * up)
+        found = block.down(_ACTIVATE[self.form.activation](gate) * up)
         return found if block.after[1] is None else block.after[1](found)
 
 
@@ -202,7 +227,7 @@ class _Loader:
     """Reads a model's blocks, and joins the matrices that read the same."""
 
     def __init__(self, model: Model, form: Anatomy, dtype: torch.dtype) -> None:
-        self._model, self._form, self._dtype = model, form, dtype
+        self._model, self.form, self._dtype = model, form, dtype
         self._roles = {slot.role: slot.name for slot in model.block_slots}
 
     def block(self, number: int, angles: int) -> Block:
@@ -233,8 +258,8 @@ class _Loader:
     def norm(self, name: str) -> Norm:
         """A norm by its gain's full name."""
         gain = self._model.tensor(name)
-        offset = self._form.gain_offset
-        return Norm(gain.float() + offset if offset else gain.to(self._dtype), self._form.eps)
+        offset = self.form.gain_offset
+        return Norm(gain.float() + offset if offset else gain.to(self._dtype), self.form.eps)
 
     def _joined(self, number: int, roles: tuple[str, ...], fused: str = "") -> Linear:
         """Matrices that read the same, as one; `fused`: the role of the one that the checkpoint may have instead."""
@@ -254,8 +279,7 @@ def _keep(model: Model, form: Anatomy, runner: Runner, decoder: Decoder) -> Keep
     attentions, policy = runner.attentions(), read_policy(model)
     if policy is not None:
         return PolicyKeep(form, policy.method, places(policy, attentions))
-    windows = [each.sliding_window for each in attentions]
-    return StaticKeep(form, windows, decoder.num_seats, decoder.context, decoder.dtype)
+    return StaticKeep(form, decoder.windows, decoder.num_seats, decoder.context, decoder.dtype)
 
 
 def _signed(sines: Float[Tensor, "context channels"]) -> Float[Tensor, "context channels"]:

@@ -19,7 +19,11 @@ _TYPED = {"scale": "scale_type", "zero": "zero_type", "values": "value_type", "i
 
 
 class Compiled(Product):
-    """A matrix in one of the kernels' layouts."""
+    """A matrix in one of the kernels' layouts.
+
+    Attributes:
+        matrix: as the kernels see it.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,7 @@ class Compiled(Product):
         self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
         types = {_TYPED[name]: TYPES[t.dtype] for name, t in self._tensors.items() if name in _TYPED}
         pointers = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
-        self._matrix = Matrix(layout=layout, rows=shape[0], cols=shape[1], **settings, **types, **pointers)
+        self.matrix = Matrix(layout=layout, rows=shape[0], cols=shape[1], **settings, **types, **pointers)
 
     def at_level(self, name: str) -> "Compiled":
         """Itself, told to use one of the library's instruction levels: for tests and measurements."""
@@ -64,7 +68,7 @@ class Compiled(Product):
             return self._dense(x)
         out = torch.empty(*x.shape[:-1], self.shape[0], dtype=x.dtype)
         self._library.multiply(
-            self._matrix, x.reshape(rows, self.shape[1]).contiguous(), out.view(rows, -1), self._level
+            self.matrix, x.reshape(rows, self.shape[1]).contiguous(), out.view(rows, -1), self._level
         )
         return out
 
@@ -82,7 +86,7 @@ class Compiled(Product):
     def _blocks(self, blocks: range, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
         rows = min(self.shape[0], blocks.stop * BLOCK) - blocks.start * BLOCK
         out = torch.empty(rows, self.shape[1], dtype=dtype if dtype in FLOATS else torch.float32)
-        self._library.unpack(self._matrix, blocks, out, self._level)
+        self._library.unpack(self.matrix, blocks, out, self._level)
         return out.to(dtype)
 
     def _dense(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 2  # of the functions and of `Matrix`; the library says its own
+VERSION = 3  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"
@@ -89,6 +89,10 @@ class Library:
         self._unpack = self._functions.decoct_unpack
         self._unpack.argtypes = [POINTER(Matrix), c_int64, c_int64, c_int32, c_void_p, c_int32, c_int32]
         self._unpack.restype = None
+        self.step = self._functions.decoct_step
+        """One more token for some sequences; see step.py."""
+        self.step.argtypes = [c_void_p, c_void_p, POINTER(c_int64), POINTER(c_int64), c_int64, c_void_p]
+        self.step.restype = None
 
     def multiply(self, matrix: Matrix, x: Tensor, out: Tensor, level: int) -> None:
         """`out` [n, rows] = `x` [n, cols] · matrixᵀ; contiguous, of one of FLOATS."""

@@ -5,6 +5,7 @@
 
 #include "panels.h"
 #include "rows.h"
+#include "steps.h"
 #include "trellis.h"
 
 namespace decoct {

@@ -61,6 +61,8 @@ struct Inputs {
   const uint32_t* pairs;  // [count][width / 2], two bf16 each, in the order of `pair_inputs`; for `multiply_pairs` alone
 };
 
+struct Steps;  // network.h
+
 struct Level {
   // out[i * padded rows + r] for inputs i in [0, count), count 1 or kMostInputs, and rows r of blocks [first, last) of 16.
   void (*multiply)(const DecoctMatrix&, const Inputs&, int count, int64_t first, int64_t last, float* out);
@@ -73,6 +75,7 @@ struct Level {
   void (*multiply_pairs)(const DecoctMatrix&, const Inputs&, int count, int64_t first, int64_t last, float* out);
   bool (*pairs_fit)(const DecoctMatrix&);
   void (*pair_inputs)(const DecoctMatrix&, const uint16_t* x, int64_t width, uint32_t* pairs);
+  const Steps* steps;
 };
 
 extern const Level portable_level, avx2_level, avx512_level, neon_level, avx512bf16_level;

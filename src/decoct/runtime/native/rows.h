@@ -116,8 +116,6 @@ DECOCT_INLINE uint32_t code_at(const DecoctMatrix& m, int64_t start, int64_t ind
   return (uint32_t)(eight_codes(m, start + bit / 8) >> bit % 8) & ((1u << m.bits) - 1);
 }
 
-typedef float Eight __attribute__((vector_size(32)));
-
 // Short vectors that codes stand for, of all books added; D is 8, or 0 for any number of entries up to that.
 template <int D>
 struct VectorReader {

@@ -157,12 +157,14 @@ DECOCT_INLINE void store_numbers(void* to, int64_t first, int32_t type, Floats v
   }
 }
 
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+
 DECOCT_INLINE float sum_lanes(Floats v) {
-  float lanes[16];
-  store(lanes, v);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  const Eight eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 constexpr int kSizes[] = {4, 2, 2, 1, 2, 4};  // bytes of each DecoctType
