@@ -33,7 +33,7 @@ struct Rows {
 
 struct Room {
   Rows read, mixed, found, gate_up, inner, given, logits;
-  std::vector<std::vector<float>> scores;
+  std::vector<std::vector<float>> attention;
 };
 
 class Step {
@@ -93,19 +93,19 @@ class Step {
       }
     }
     found.shape(count_, n_.heads * size, size_);
-    int64_t most = 0, numbers = 0;
-    for (int64_t i = 0; i < count_; ++i) most = std::max(most, seen(block, i)), numbers += seen(block, i) * n_.kv_heads * size;
+    int64_t numbers = 0;
+    for (int64_t i = 0; i < count_; ++i) numbers += seen(block, i) * n_.kv_heads * size;
     const int threads = (int)std::min<int64_t>(n_.threads, 1 + numbers / kWorthAThread);
     const int64_t tasks = count_ * n_.kv_heads;
-    room_.scores.resize(std::max<size_t>(room_.scores.size(), tasks));
+    room_.attention.resize(std::max<size_t>(room_.attention.size(), tasks));
     Pool::shared().share(tasks, 1, threads, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t i = task / n_.kv_heads, head = task % n_.kv_heads, count = seen(block, i);
         const int64_t at = (kept(number, i, head) + (positions_[i] + 1 - count) * size) * size_;
-        std::vector<float>& scores = room_.scores[task];
-        scores.resize(rounded_up(most, 16));
-        for (int64_t q = head * group; q < (head + 1) * group; ++q)
-          s_.attend(n_, mixed.row(i, q * size), (char*)n_.keys + at, (char*)n_.values + at, count, scores.data(), found.row(i, q * size));
+        std::vector<float>& room = room_.attention[task];
+        room.assign(attention_room(n_, count), 0.0f);
+        const int64_t column = head * group * size;
+        s_.attend(n_, mixed.row(i, column), (char*)n_.keys + at, (char*)n_.values + at, count, room.data(), found.row(i, column));
       }
     });
     linear(block.out, found, room_.found);

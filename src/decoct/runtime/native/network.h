@@ -55,7 +55,12 @@ struct Steps {
   void (*turn)(void* x, int64_t heads, int64_t size, const void* cosines, const void* sines, int32_t type);
   void (*activate)(const void* gate_up, int64_t count, int32_t activation, int32_t type, void* out);  // [2 * count] to [count]
   void (*cap)(float* x, int64_t count, float most);
-  void (*attend)(const DecoctNetwork& n, const void* query, const void* keys, const void* values, int64_t seen, float* scores, void* out);
+  // The queries that share a head of keys and values [seen][head_size]; `room` is for `attention_room` floats, all of them finite.
+  void (*attend)(const DecoctNetwork& n, const void* queries, const void* keys, const void* values, int64_t seen, float* room, void* out);
 };
+
+static inline int64_t attention_room(const DecoctNetwork& n, int64_t seen) {
+  return n.heads / n.kv_heads * (rounded_up(seen, 16) + 2 * rounded_up(n.head_size, 16)) + 16 * rounded_up(n.head_size, 16);
+}
 
 }  // namespace decoct

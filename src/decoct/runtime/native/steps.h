@@ -89,46 +89,114 @@ void cap(float* x, int64_t count, float most) {
     store_some(x, i, DECOCT_F32, hyperbolic_tangent(load_some(x, i, DECOCT_F32, count - i) / most) * most, count - i);
 }
 
-template <int TYPE>
-DECOCT_INLINE Floats some(const void* from, int64_t at, int64_t count) {
-  return count >= 16 ? load_numbers(from, at, TYPE) : load_some(from, at, TYPE, count);
+// Lane j of a fold, in the numbering of two vectors side by side: PART lanes of each segment of 2 * PART lanes.
+constexpr int folded_lane(int part, int j, bool upper) {
+  const int segments = 8 / part, segment = j / part;
+  return (segment >= segments ? 16 : 0) + segment % segments * 2 * part + j % part + (upper ? part : 0);
 }
 
-// One query among keys [seen][size]; `scores` is room for [seen, rounded up to 16] floats.
+// Adds the upper half of each segment to the lower half; what is left of b comes after what is left of a.
+template <int PART>
+DECOCT_INLINE Floats fold(Floats a, Floats b) {
+#define DECOCT_FOLDED(upper)                                                                                          \
+  folded_lane(PART, 0, upper), folded_lane(PART, 1, upper), folded_lane(PART, 2, upper), folded_lane(PART, 3, upper), \
+      folded_lane(PART, 4, upper), folded_lane(PART, 5, upper), folded_lane(PART, 6, upper),                          \
+      folded_lane(PART, 7, upper), folded_lane(PART, 8, upper), folded_lane(PART, 9, upper),                          \
+      folded_lane(PART, 10, upper), folded_lane(PART, 11, upper), folded_lane(PART, 12, upper),                       \
+      folded_lane(PART, 13, upper), folded_lane(PART, 14, upper), folded_lane(PART, 15, upper)
+  return __builtin_shufflevector(a, b, DECOCT_FOLDED(false)) + __builtin_shufflevector(a, b, DECOCT_FOLDED(true));
+#undef DECOCT_FOLDED
+}
+
+// The sums of 16 vectors' lanes, one a lane.
+DECOCT_INLINE Floats sums_of(const Floats (&v)[16]) {
+  Floats eight[8], four[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) eight[i] = fold<8>(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) four[i] = fold<4>(eight[2 * i], eight[2 * i + 1]);
+  return fold<1>(fold<2>(four[0], four[1]), fold<2>(four[2], four[3]));
+}
+
+// Rows of `size` numbers as floats, `padded` apart, zeros behind each.
 template <int TYPE>
-void attend_one(const DecoctNetwork& n, const void* query, const void* keys, const void* values, int64_t seen, float* scores, void* out) {
-  const int64_t size = n.head_size;
-  for (int64_t p = 0; p < seen; ++p) {
-    Floats sum = {};
-    for (int64_t i = 0; i < size; i += 16) sum += some<TYPE>(query, i, size - i) * some<TYPE>(keys, p * size + i, size - i);
-    scores[p] = sum_lanes(sum) * n.scale;
-  }
-  if (n.score_cap > 0) cap(scores, seen, n.score_cap);
-  float most = scores[0];
-  for (int64_t p = 1; p < seen; ++p) most = scores[p] > most ? scores[p] : most;
+DECOCT_INLINE void widen_rows(const void* from, int64_t first, int64_t count, int64_t size, int64_t padded, float* to) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < size; i += 16)
+      store(to + r * padded + i, size - i >= 16 ? load_numbers(from, (first + r) * size + i, TYPE)
+                                                : load_some(from, (first + r) * size + i, TYPE, size - i));
+}
+
+// Shares of positions in what a query finds, from its scores; what lies behind them becomes zero.
+DECOCT_INLINE void soften(float* scores, int64_t seen) {
+  Floats most = Floats{} - INFINITY, total = {};
   for (int64_t p = seen; p < rounded_up(seen, 16); ++p) scores[p] = -INFINITY;
-  Floats total = {};
   for (int64_t p = 0; p < seen; p += 16) {
-    const Floats share = seen - p >= 16 ? exponential(load<Floats>(scores + p) - most) : Floats{};
-    if (seen - p >= 16) {
-      total += share;
-      store(scores + p, share);
-    } else {
-      for (int64_t q = p; q < seen; ++q) scores[q] = std::exp(scores[q] - most), total[q - p] += scores[q];
+    const Floats s = load<Floats>(scores + p);
+    most = s > most ? s : most;
+  }
+  float largest = most[0];
+  for (int i = 1; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
+  for (int64_t p = 0; p < seen; p += 16) {
+    const Floats s = load<Floats>(scores + p), share = s > Floats{} - INFINITY ? exponential(s - largest) : Floats{};
+    total += share;
+    store(scores + p, share);
+  }
+  const float factor = 1.0f / sum_lanes(total);
+  for (int64_t p = 0; p < seen; p += 16) store(scores + p, load<Floats>(scores + p) * factor);
+}
+
+template <int TYPE>
+void attend_typed(const DecoctNetwork& n, const void* queries, const void* keys, const void* values, int64_t seen, float* room, void* out) {
+  const int64_t size = n.head_size, padded = rounded_up(size, 16), group = n.heads / n.kv_heads, all = rounded_up(seen, 16);
+  float *scores = room, *query = scores + group * all, *found = query + group * padded, *tile = found + group * padded;
+  widen_rows<TYPE>(queries, 0, group, size, padded, query);
+  memset(found, 0, group * padded * sizeof(float));
+  for (int64_t p = 0; p < seen; p += 16) {
+    const int64_t here = seen - p < 16 ? seen - p : 16;
+    widen_rows<TYPE>(keys, p, here, size, padded, tile);
+    for (int64_t q = 0; q < group; ++q) {
+      Floats sums[16] = {};
+      for (int64_t i = 0; i < padded; i += 16) {
+        const Floats some = load<Floats>(query + q * padded + i);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) sums[r] += some * load<Floats>(tile + r * padded + i);
+      }
+      store(scores + q * all + p, sums_of(sums) * n.scale);
     }
   }
-  const float sum = sum_lanes(total);
-  for (int64_t i = 0; i < size; i += 16) {
-    Floats found = {};
-    for (int64_t p = 0; p < seen; ++p) found += scores[p] * some<TYPE>(values, p * size + i, size - i);
-    store_some(out, i, TYPE, found / sum, size - i);
+  for (int64_t q = 0; q < group; ++q) {
+    if (n.score_cap > 0) cap(scores + q * all, seen, n.score_cap);
+    soften(scores + q * all, seen);
   }
+  for (int64_t p = 0; p < seen; p += 16) {
+    const int64_t here = seen - p < 16 ? seen - p : 16;
+    widen_rows<TYPE>(values, p, here, size, padded, tile);
+    for (int64_t q = 0; q < group; ++q)
+      for (int64_t i = 0; i < padded; i += 64) {
+        const int64_t parts = padded - i < 64 ? (padded - i) / 16 : 4;
+        Floats sums[4] = {};
+        for (int64_t r = 0; r < here; ++r) {
+          const float share = scores[q * all + p + r];
+          const float* row = tile + r * padded + i;
+#pragma GCC unroll 4
+          for (int part = 0; part < 4; ++part)
+            if (part < parts) sums[part] += share * load<Floats>(row + 16 * part);
+        }
+        float* to = found + q * padded + i;
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part)
+          if (part < parts) store(to + 16 * part, load<Floats>(to + 16 * part) + sums[part]);
+      }
+  }
+  for (int64_t q = 0; q < group; ++q)
+    for (int64_t i = 0; i < size; i += 16) store_some(out, q * size + i, TYPE, load<Floats>(found + q * padded + i), size - i);
 }
 
-void attend(const DecoctNetwork& n, const void* query, const void* keys, const void* values, int64_t seen, float* scores, void* out) {
-  if (n.type == DECOCT_F32) return attend_one<DECOCT_F32>(n, query, keys, values, seen, scores, out);
-  if (n.type == DECOCT_F16) return attend_one<DECOCT_F16>(n, query, keys, values, seen, scores, out);
-  attend_one<DECOCT_BF16>(n, query, keys, values, seen, scores, out);
+void attend(const DecoctNetwork& n, const void* queries, const void* keys, const void* values, int64_t seen, float* room, void* out) {
+  if (n.type == DECOCT_F32) return attend_typed<DECOCT_F32>(n, queries, keys, values, seen, room, out);
+  if (n.type == DECOCT_F16) return attend_typed<DECOCT_F16>(n, queries, keys, values, seen, room, out);
+  attend_typed<DECOCT_BF16>(n, queries, keys, values, seen, room, out);
 }
 
 constexpr Steps steps = {normalise, add, turn, activate, cap, attend};
