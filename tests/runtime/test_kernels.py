@@ -189,6 +189,31 @@ def test_trellises(bits: int, state_bits: int, level: str) -> None:
 
 
 @needs_library
+@pytest.mark.skipif("avx512bf16" not in LEVELS, reason="the processor has no such instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_many_inputs_rounded_to_bytes(bits: int, dtype: torch.dtype) -> None:
+    """The product of inputs that are rounded 64 at a time, or as many as a group has."""
+    for shape, group_size in [((33, 96), 96), ((16, 192), 64), ((20, 168), 8), ((70, 256), 128), ((37, 250), 250)]:
+        for form in ("symmetric", "integer", "real"):
+            weight, x = integers(bits, shape, group_size, form), inputs(41, shape[1], dtype)
+            x[3] = 0.0
+            x[:, 5] *= 30
+            product = kernels.linear(weight)
+            assert isinstance(product, Compiled)
+            assert product.can_round
+            product.rounds_prompts = True
+            size = group_size if group_size < shape[1] and group_size <= 128 else 64
+            parts = [part.float() for part in x.split(size, dim=1)]
+            steps = [(part.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30) for part in parts]
+            rounded = torch.cat([(part / step).round() * step for part, step in zip(parts, steps, strict=True)], 1)
+            wanted = rounded @ weight.unpack(torch.float32).T
+            assert (product(x).float() - wanted).abs().max() <= (
+                1e-4 if dtype == torch.float32 else 5e-3
+            ) * wanted.abs().max()
+
+
+@needs_library
 def test_many_inputs_take_the_dense_product() -> None:
     weight = integers(4, (64, 256), 64, "symmetric")
     x = inputs(40, 256)

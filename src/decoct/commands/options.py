@@ -5,7 +5,12 @@ from typing import Annotated
 import typer
 
 EngineOption = Annotated[
-    str, typer.Option("--engine", help="decoct, transformers, llama.cpp, onnxruntime or openvino.")
+    str,
+    typer.Option(
+        "--engine",
+        help="decoct, decoct-int8 (prompts rounded to 8 bits: read faster), transformers, llama.cpp, onnxruntime or "
+        "openvino.",
+    ),
 ]
 ContextOption = Annotated[
     int | None,

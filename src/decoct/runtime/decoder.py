@@ -87,7 +87,15 @@ class Decoder:
         head: what gives logits.
     """
 
-    def __init__(self, model: Model, *, context: int, num_seats: int = 1, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        context: int,
+        num_seats: int = 1,
+        dtype: torch.dtype | None = None,
+        rounded_prompts: bool = False,
+    ) -> None:
         """Load a model's weights, packed as they are.
 
         Args:
@@ -95,6 +103,8 @@ class Decoder:
             context: the most tokens that a sequence may have.
             num_seats: sequences to hold at once.
             dtype: of hidden states, keys and values; None: the model's own.
+            rounded_prompts: round what many tokens at once are multiplied with to 8 bits, 64 numbers a scale, where
+                there is a kernel for it: faster, and no longer exact. Single tokens stay exact.
 
         Raises:
             ValueError: the checkpoint lacks a tensor, or the loop cannot run the model.
@@ -125,6 +135,9 @@ class Decoder:
         self._lengths = [0] * num_seats
         self._step = step_of(self, self._keep)
         self.about = f"decoct's decode loop, kernels: {', '.join(sorted(self.kernels))}"
+        rounding = [layer for layer in self.layers() if rounded_prompts and layer.round_prompts()]
+        if rounding:
+            self.about += "; prompts rounded to 8 bits"
 
     @property
     def kernels(self) -> set[str]:

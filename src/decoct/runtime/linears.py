@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decoct.runtime.kernels import Product, linear
+from decoct.runtime.kernels.compiled import Compiled
 from decoct.weights import Dense, Weight
 from decoct.weights.stacked import Stacked, stack
 
@@ -33,6 +34,13 @@ class Linear:
     def kernels(self) -> set[str]:
         """What multiplies."""
         return {product.kernel for product in self.products}
+
+    def round_prompts(self) -> bool:
+        """From now on round many inputs to 8 bits, where there is a kernel for it; whether there is one."""
+        able = [product for product in self.products if isinstance(product, Compiled) and product.can_round]
+        for product in able:
+            product.rounds_prompts = True
+        return bool(able)
 
     def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         """Multiply, and add the bias."""

@@ -15,8 +15,8 @@ from decoct.serving.llama_cpp import LlamaCpp
 from decoct.serving.network_engine import NetworkEngine
 from decoct.serving.networks import choose_context, open_network
 
-ENGINES = ("decoct", "transformers", "llama.cpp", "onnxruntime", "openvino")
-"""As `--engine` spells them."""
+ENGINES = ("decoct", "decoct-int8", "transformers", "llama.cpp", "onnxruntime", "openvino")
+"""As `--engine` spells them. "decoct-int8" rounds what a prompt's tokens are multiplied with to 8 bits."""
 
 _LLAMA_CONTEXT = 4096
 

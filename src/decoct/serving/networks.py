@@ -31,7 +31,8 @@ def open_network(
 
     Args:
         model: what to run.
-        engine: "decoct", which leaves to transformers what its loop does not know, or "transformers".
+        engine: "decoct", which leaves to transformers what its loop does not know, "decoct-int8", the same with prompts
+            rounded to 8 bits, or "transformers".
         context: the most tokens that a sequence may have.
         num_seats: sequences at once.
         dtype: of hidden states; None: the model's own.
@@ -39,9 +40,10 @@ def open_network(
     Raises:
         ValueError: the checkpoint is incomplete.
     """
-    reason = slow_because(model) if engine == "decoct" else ""
+    reason = slow_because(model) if engine.startswith("decoct") else ""
     if reason is None:
-        return Decoder(model, context=context, num_seats=num_seats, dtype=dtype)
+        rounded = engine == "decoct-int8"
+        return Decoder(model, context=context, num_seats=num_seats, dtype=dtype, rounded_prompts=rounded)
     from decoct.hf import TransformersNetwork, load_whole
 
     about = f"transformers, since {reason}" if reason else "transformers"

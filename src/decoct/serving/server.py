@@ -12,7 +12,7 @@ from decoct.serving.networks import choose_context, open_network
 from decoct.serving.text import Text
 from decoct.serving.worker import Limits, Worker
 
-_SERVED = ("decoct", "transformers")
+_SERVED = ("decoct", "decoct-int8", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def open_server(
     Args:
         model: folder, .gguf file, or hub id.
         name: of the model, as clients ask for it.
-        engine: "decoct" or "transformers".
+        engine: "decoct", "decoct-int8" or "transformers".
         context: the most tokens that prompt and answer may have together; None: the model's own up to 4096.
         num_seats: sequences that are written at the same time.
         limits: what the server takes on.

@@ -24,7 +24,7 @@ class SpinQuant(Rotation):
 
     num_steps: int = 100
     batch_size: int = 8
-    learning_rate: float = 1.5
+    learning_rate: float = 0.02
     bits: int = 4
     clip_ratio: float = 1.0
 

@@ -23,7 +23,10 @@ class Compiled(Product):
 
     Attributes:
         matrix: as the kernels see it.
+        rounds_prompts: whether inputs are rounded to 8 bits where there are many of them.
     """
+
+    rounds_prompts = False
 
     def __init__(
         self,
@@ -54,6 +57,11 @@ class Compiled(Product):
         pointers = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
         self.matrix = Matrix(layout=layout, rows=shape[0], cols=shape[1], **settings, **types, **pointers)
 
+    @property
+    def can_round(self) -> bool:
+        """Whether there is a product with inputs rounded to 8 bits."""
+        return self.matrix.layout == Layout.INTS and LEVELS[self._level] == "avx512bf16"
+
     def at_level(self, name: str) -> "Compiled":
         """Itself, told to use one of the library's instruction levels: for tests and measurements."""
         assert name in self._library.levels
@@ -64,12 +72,15 @@ class Compiled(Product):
     def __call__(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         assert x.device.type == "cpu", "kernels run on the CPU"
         rows = x.numel() // self.shape[1]
-        if rows > MOST_DIRECT or x.dtype not in FLOATS or (x.requires_grad and torch.is_grad_enabled()):
+        many = rows > MOST_DIRECT
+        if x.dtype not in FLOATS or (x.requires_grad and torch.is_grad_enabled()) or (many and not self.rounds_prompts):
             return self._dense(x)
         out = torch.empty(*x.shape[:-1], self.shape[0], dtype=x.dtype)
-        self._library.multiply(
-            self.matrix, x.reshape(rows, self.shape[1]).contiguous(), out.view(rows, -1), self._level
-        )
+        given, found = x.reshape(rows, self.shape[1]).contiguous(), out.view(rows, -1)
+        if not many:
+            self._library.multiply(self.matrix, given, found, self._level)
+        elif not self._library.multiply_rounded(self.matrix, given, found, self._level):
+            return self._dense(x)
         return out
 
     @override

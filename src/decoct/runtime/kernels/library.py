@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 3  # of the functions and of `Matrix`; the library says its own
+VERSION = 4  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"
@@ -86,6 +86,8 @@ class Library:
         self._multiply = self._functions.decoct_multiply
         self._multiply.argtypes = [POINTER(Matrix), c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
         self._multiply.restype = None
+        self._rounded = self._functions.decoct_multiply_rounded
+        self._rounded.argtypes, self._rounded.restype = self._multiply.argtypes, c_int32
         self._unpack = self._functions.decoct_unpack
         self._unpack.argtypes = [POINTER(Matrix), c_int64, c_int64, c_int32, c_void_p, c_int32, c_int32]
         self._unpack.restype = None
@@ -98,6 +100,11 @@ class Library:
         """`out` [n, rows] = `x` [n, cols] · matrixᵀ; contiguous, of one of FLOATS."""
         type_, threads = TYPES[x.dtype], torch.get_num_threads()
         self._multiply(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level)
+
+    def multiply_rounded(self, matrix: Matrix, x: Tensor, out: Tensor, level: int) -> bool:
+        """As `multiply`, of inputs rounded to 8 bits; False where there is no such product, and `out` is untouched."""
+        type_, threads = TYPES[x.dtype], torch.get_num_threads()
+        return bool(self._rounded(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level))
 
     def unpack(self, matrix: Matrix, blocks: range, out: Tensor, level: int) -> None:
         """Rows of blocks of 16 into `out` [rows, cols], contiguous, of one of FLOATS."""

@@ -63,6 +63,23 @@ struct Inputs {
 
 struct Steps;  // network.h
 
+constexpr int kTile = 12;  // inputs that are multiplied together in registers, where there are many
+
+// Many inputs as bytes; see rounded.h. `size` columns share a scale.
+struct RoundedInputs {
+  int8_t* codes;       // [tiles][width / 4][kTile][4]
+  float *scale, *sums;  // [tiles][blocks][kTile]; of the codes in units of the scale
+  int64_t count, width, size, blocks;
+};
+
+struct RoundedProduct {
+  // Inputs [first, last).
+  void (*round_inputs)(const DecoctMatrix&, const void* x, int32_t type, int64_t first, int64_t last, const RoundedInputs& to);
+  // Blocks [first, last) of 16 rows for all inputs; `room` is for 4 * width words a block.
+  void (*multiply)(
+      const DecoctMatrix&, const RoundedInputs&, int64_t first, int64_t last, int32_t type, char* out, int64_t stride, uint32_t* room);
+};
+
 struct Level {
   // out[i * padded rows + r] for inputs i in [0, count), count 1 or kMostInputs, and rows r of blocks [first, last) of 16.
   void (*multiply)(const DecoctMatrix&, const Inputs&, int count, int64_t first, int64_t last, float* out);
@@ -76,6 +93,7 @@ struct Level {
   bool (*pairs_fit)(const DecoctMatrix&);
   void (*pair_inputs)(const DecoctMatrix&, const uint16_t* x, int64_t width, uint32_t* pairs);
   const Steps* steps;
+  const RoundedProduct* rounded;  // null where the level has no such instructions
 };
 
 extern const Level portable_level, avx2_level, avx512_level, neon_level, avx512bf16_level;

@@ -10,6 +10,8 @@ namespace decoct {
 namespace {
 
 constexpr int64_t kWorthAThread = 1 << 15;  // bytes of a matrix that take longer than waking a helper
+constexpr int64_t kPanels = 4;                // that are unpacked to bytes together: inputs are read once for all of them
+constexpr int64_t kShared = 64, kMostShared = 128;  // columns of rounded inputs that share a scale: a group's, if it is not longer
 constexpr int kShares = 8;                  // pieces for each thread: one that is disturbed takes fewer
 
 int64_t bytes_of_block(const DecoctMatrix& m) {
@@ -82,6 +84,29 @@ void multiply(
   });
   for (int64_t i = 0; i < count; ++i)
     level.narrow(products + i * height, m.rows, type, (char*)out + i * stride * size_of(type));
+}
+
+bool multiply_rounded(
+    const DecoctMatrix& m, const Level& level, const void* x, int32_t type, int64_t count, void* out, int64_t stride, int threads) {
+  if (!level.rounded || m.layout != DECOCT_INTS) return false;
+  const int64_t width = rounded_up(m.cols, kUnit), tiles = rounded_up(count, kTile) / kTile, blocks = rounded_up(m.rows, kRows) / kRows;
+  const int64_t size = m.groups > 1 && m.group_size <= kMostShared ? m.group_size : kShared;
+  if (m.groups > 1 && m.group_size % size) return false;
+  const int64_t shared = rounded_up(m.cols, size) / size;
+  static thread_local std::vector<int8_t> codes;
+  static thread_local std::vector<float> scale, sums;
+  codes.assign(tiles * kTile * width, 0), scale.assign(tiles * shared * kTile, 0.0f), sums.assign(tiles * shared * kTile, 0.0f);
+  const RoundedInputs in{codes.data(), scale.data(), sums.data(), count, width, size, shared};
+  Pool::shared().share(count, kTile, threads, [&](int64_t first, int64_t last) {
+    level.rounded->round_inputs(m, x, type, first, last, in);
+  });
+  Pool::shared().share(blocks, kPanels, threads, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<uint32_t> room;
+    room.resize(kPanels * width / 4 * kRows);
+    for (int64_t b = first; b < last; b += kPanels)
+      level.rounded->multiply(m, in, b, std::min(b + kPanels, last), type, (char*)out, stride, room.data());
+  });
+  return true;
 }
 
 }  // namespace decoct

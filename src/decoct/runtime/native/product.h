@@ -11,6 +11,9 @@ const Level& level_of(int32_t number);
 void multiply(
     const DecoctMatrix& m, const Level& level, const void* x, int32_t type, int64_t count, void* out, int64_t stride, int threads);
 
+// The same with inputs rounded to 8 bits, for many of them; false where the level or the layout has no such product.
+bool multiply_rounded(const DecoctMatrix& m, const Level& level, const void* x, int32_t type, int64_t count, void* out, int64_t stride, int threads);
+
 static inline int64_t size_of(int32_t type) { return type == DECOCT_F32 ? 4 : 2; }
 
 }  // namespace decoct
