@@ -9,6 +9,8 @@ shape to try the script with. Each row is measured by `decoct.serving.bench.in_t
 own, rounds in turn, medians. A row that stands in results/runtime.jsonl for the same set and threads is not measured
 again, and compressed models stay in the scratch folder: interrupted, the same command goes on.
 
+The row "4 bit" also runs decoct-int8, and other engines with what `decoct export` wrote of it: `--also openvino=FOLDER`.
+
 A row of llama.cpp runs what `decoct export BASE --to gguf:q4_0` writes, or a file given as `--gguf`.
 """
 
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder for compressed models")
     parser.add_argument("--calibration", type=Path, help="text for what needs one; rows that lack it are left out")
     parser.add_argument("--gguf", type=Path, help="the base in Q4_0, if decoct is not to write it")
+    parser.add_argument("--also", nargs="*", default=[], metavar="ENGINE=FOLDER")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -131,6 +134,8 @@ def measure(row: str, base: Path, folder: Path, gguf: Path | None, args: argpars
     prompt, answer = LENGTHS[args.set]
     several = [("decoct", str(folder)), (BASELINE, str(base))]
     several += [("llama.cpp", str(gguf))] if gguf else []
+    if row == "4 bit":
+        several += [("decoct-int8", str(folder)), *(tuple(each.split("=", 1)) for each in args.also)]
     speeds = in_turn(several, prompt_tokens=prompt, decode_tokens=answer, rounds=ROUNDS[args.set])
     bandwidth = measure_bandwidth()
     inspected = decoct.inspect(folder)
@@ -175,7 +180,23 @@ def write_page(results: Path) -> None:
         line = json.loads(text)
         lines[line["set"], line["row"], line["threads"]] = line
     tables = {name: table([each for key, each in lines.items() if key[0] == name]) for name in ("random", "testbed")}
+    for (name, row, _), line in lines.items():
+        if row == "4 bit":
+            tables[f"{name}, engines"] = side_by_side(line)
     write_tables(PAGE, {name: found for name, found in tables.items() if found})
+
+
+def side_by_side(line: dict[str, Any]) -> str:
+    """Every engine of a row."""
+    found = [
+        "| engine | decode, tokens/s | prefill, tokens/s | first token, s | peak memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    found += [
+        f"| {name} | {each['decode']:.1f} | {each['prefill']:.0f} | {each['first_token']:.2f} | {each['peak_memory'] / 2**20:.0f} |"
+        for name, each in line["engines"].items()
+    ]
+    return "\n".join(found)
 
 
 def table(lines: list[dict[str, Any]]) -> str:

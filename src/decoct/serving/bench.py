@@ -240,10 +240,9 @@ def work() -> None:
     """A measured process's whole life: load, say so, answer one line for each line, until there are no more."""
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
-    if given["engine"] != "llama.cpp":
-        import_module("decoct.hf")  # with transformers: what libraries take is not the model's
-    before = peak_resident_bytes()
     try:
+        _load_libraries(given["engine"], given["model"])
+        before = peak_resident_bytes()
         engine = _open(given["engine"], given["model"], given["context"])
     except ValueError as error:
         _say({"error": str(error)})
@@ -254,6 +253,18 @@ def work() -> None:
         asked = json.loads(line)
         _say(asdict(engine.time(**asked)) if asked else {"peak": peak_resident_bytes()})
     engine.close()
+
+
+def _load_libraries(engine: str, model: str) -> None:
+    """What an engine's code takes, transformers' for the model's family among it, is not what the model takes."""
+    if engine == "llama.cpp":
+        return
+    import_module("decoct.hf")
+    if engine == BASELINE or engine.startswith("decoct"):
+        from decoct.engine.runner import Runner
+        from decoct.model import open_model
+
+        Runner(open_model(model), torch.bfloat16)
 
 
 def _open(engine: str, model: str, context: int) -> Engine:
