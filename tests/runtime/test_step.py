@@ -11,7 +11,7 @@ from decoct.runtime.kernels import Unpacking
 from decoct.runtime.kernels.library import LEVELS, library
 from decoct.runtime.network import Feed
 from decoct.weights import Dense
-from tests.engine.running import make_base, run
+from tests.engine.running import RTN, make_base, run
 from tests.runtime.test_decoder import FAST, PROMPT
 from tests.tiny import save_model
 
@@ -75,7 +75,7 @@ def test_the_number_of_threads_changes_nothing(stories: Path) -> None:
 def test_what_a_called_back_product_raises_is_raised(tmp_path: Path) -> None:
     """It cannot pass through the kernels; the next step works again."""
     base = make_base(tmp_path, "llama-tied")
-    out = run(base, tmp_path / "out", {"linear": {"svd_llm": {"keep": 0.5}}}).folder
+    out = run(base, tmp_path / "out", {"quarot": {}}, RTN).folder
     network = Decoder(open_model(out), context=48)
     step = network._step
     assert step is not None

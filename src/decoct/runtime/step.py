@@ -15,6 +15,7 @@ from torch import Tensor
 from decoct.runtime.keep import StaticKeep
 from decoct.runtime.kernels import Product
 from decoct.runtime.kernels.compiled import Compiled
+from decoct.runtime.kernels.composed import Composed
 from decoct.runtime.kernels.library import FLOATS, LEVELS, TYPES, Library, Matrix, library
 from decoct.runtime.linears import Linear
 
@@ -28,7 +29,10 @@ _Call = ctypes.CFUNCTYPE(None, c_int64, c_void_p, c_int64, c_void_p)
 class _Part(Structure):
     """DecoctPart in native/network.h; so the others below, by their names there."""
 
-    _fields_ = (("matrix", POINTER(Matrix)), ("rows", c_int64), ("call", _Call), ("handle", c_int64))
+    _fields_ = (
+        ("matrix", POINTER(Matrix)), ("inner", POINTER(Matrix)), ("rows", c_int64), ("call", _Call),
+        ("handle", c_int64),
+    )  # fmt: skip
 
 
 class _Linear(Structure):
@@ -168,9 +172,16 @@ class Step:
     def _part(self, product: Product) -> _Part:
         if isinstance(product, Compiled):
             self._alive.append(product)
-            return _Part(ctypes.pointer(product.matrix), product.shape[0], _Call(), 0)
+            return _Part(ctypes.pointer(product.matrix), None, product.shape[0], _Call(), 0)
+        if isinstance(product, Composed) and product.factors is not None:
+            left, right = product.factors
+            if isinstance(left, Compiled) and isinstance(right, Compiled):
+                self._alive.append(product)
+                return _Part(
+                    ctypes.pointer(left.matrix), ctypes.pointer(right.matrix), product.shape[0], _Call(), 0
+                )  # fmt: skip
         self._called.append(product)
-        return _Part(None, product.shape[0], self._call, len(self._called) - 1)
+        return _Part(None, None, product.shape[0], self._call, len(self._called) - 1)
 
     def _multiply(self, handle: int, x: int, count: int, out: int) -> None:
         """What the kernels call back for: a product that is none of theirs alone."""

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from typing_extensions import override
 
 from decoct.runtime.kernels.product import MOST_DIRECT, Product
-from decoct.weights import Columns, QuantizedInput, Weight
+from decoct.weights import Columns, LowRank, QuantizedInput, Weight
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -46,11 +46,17 @@ class Part(Weight):
 
 
 class Composed(Product):
-    """Sum, LowRank, Rotated, Stacked, Padded, QuantizedInput: in float32 between their parts."""
+    """Sum, LowRank, Rotated, Stacked, Padded, QuantizedInput: in float32 between their parts.
+
+    Attributes:
+        factors: left and right, if it is a product of two whose inputs are not rounded.
+    """
 
     def __init__(self, weight: Weight, parts: dict[str, Product]) -> None:
         self.shape, self.dtype, self.kernel = weight.shape, weight.dtype, weight.kind
         self._parts = tuple(parts.values())
+        thin = isinstance(weight, LowRank) and not weight.quantizes_inputs
+        self.factors = (parts["left"], parts["right"]) if thin else None
         self._expression = weight.with_children({name: Part.of(part) for name, part in parts.items()})
         self._rounds_inputs = isinstance(weight, QuantizedInput) or weight.quantizes_inputs
         self.nbytes = self._expression.nbytes + sum(part.nbytes for part in self._parts)
@@ -60,6 +66,8 @@ class Composed(Product):
         if self._rounds_inputs:
             return self._expression.apply(x)
         if x.numel() // self.shape[1] > MOST_DIRECT:
+            if self.factors is not None:  # one after the other takes less than multiplying them first
+                return self.factors[0](self.factors[1](x))
             return linear(x, self.unpack(x.dtype))
         return self._expression.apply(x.float()).to(x.dtype)
 

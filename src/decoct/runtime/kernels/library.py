@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 4  # of the functions and of `Matrix`; the library says its own
+VERSION = 5  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"

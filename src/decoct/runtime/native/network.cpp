@@ -34,6 +34,7 @@ struct Rows {
 struct Room {
   Rows read, mixed, found, gate_up, inner, given, logits;
   std::vector<std::vector<float>> attention;
+  std::vector<float> wide;
 };
 
 class Step {
@@ -124,6 +125,10 @@ class Step {
     int64_t column = 0;
     for (int64_t p = 0; p < layer.num_parts; column += layer.parts[p++].rows) {
       const DecoctPart& part = layer.parts[p];
+      if (part.inner) {
+        thin(part, x, out, column);
+        continue;
+      }
       if (part.matrix) {
         multiply(*part.matrix, level_, x.row(0), n_.type, count_, out.row(0, column), layer.rows, n_.threads);
         continue;
@@ -134,6 +139,17 @@ class Step {
     }
     if (layer.bias)
       for (int64_t i = 0; i < count_; ++i) s_.add(out.row(i), layer.bias, layer.rows, n_.type);
+  }
+
+  // A product of two thin matrices.
+  void thin(const DecoctPart& part, Rows& x, Rows& out, int64_t column) {
+    const DecoctMatrix &right = *part.inner, &left = *part.matrix;
+    room_.wide.resize(count_ * (right.cols + right.rows + left.rows));
+    float *given = room_.wide.data(), *between = given + count_ * right.cols, *found = between + count_ * right.rows;
+    level_.widen(x.row(0), n_.type, count_ * right.cols, given);
+    multiply(right, level_, given, DECOCT_F32, count_, between, right.rows, n_.threads);
+    multiply(left, level_, between, DECOCT_F32, count_, found, left.rows, n_.threads);
+    for (int64_t i = 0; i < count_; ++i) level_.narrow(found + i * left.rows, left.rows, n_.type, out.row(i, column));
   }
 
   // Where the keys of a sequence's head begin, in numbers.

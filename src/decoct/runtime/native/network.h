@@ -8,6 +8,7 @@ extern "C" {
 // One of the matrices whose products lie side by side. Those that no kernel multiplies are called back for.
 struct DecoctPart {
   const DecoctMatrix* matrix;  // null: `call`
+  const DecoctMatrix* inner;   // multiplied first, in float32 from there on; null: none
   int64_t rows;
   void (*call)(int64_t handle, const void* x, int64_t count, void* out);
   int64_t handle;
