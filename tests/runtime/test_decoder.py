@@ -123,3 +123,29 @@ def test_other_families_are_refused(name: str, tmp_path: Path) -> None:
     save_model(name, tmp_path)
     with pytest.raises(ValueError, match="use --engine transformers"):
         Decoder(open_model(tmp_path), context=8)
+
+
+def test_a_prompt_beside_a_single_token(tmp_path: Path) -> None:
+    """The one goes through the kernels' step, the other through torch; each gives what it gives alone, in order."""
+    save_model("llama", tmp_path)
+    alone = Decoder(open_model(tmp_path), context=40, num_seats=2)
+    first = alone.advance([Feed(0, PROMPT)])
+    wanted = torch.cat([alone.advance([Feed(1, PROMPT[:5])]), alone.advance([Feed(0, [7])])])
+    network = Decoder(open_model(tmp_path), context=40, num_seats=2)
+    assert torch.equal(network.advance([Feed(0, PROMPT)]), first)
+    torch.testing.assert_close(network.advance([Feed(1, PROMPT[:5]), Feed(0, [7])]), wanted)
+    assert (network.length(0), network.length(1)) == (len(PROMPT) + 1, 5)
+
+
+def test_many_sequences_at_once(tmp_path: Path) -> None:
+    """More than the kernels multiply directly."""
+    save_model("llama", tmp_path)
+    network = Decoder(open_model(tmp_path), context=20, num_seats=20)
+    few = Decoder(open_model(tmp_path), context=20, num_seats=1)
+    for seat in range(20):
+        network.advance([Feed(seat, PROMPT[: 1 + seat % 5])])
+    found = network.advance([Feed(seat, [seat + 3]) for seat in range(20)])
+    for seat in range(20):
+        few.advance([Feed(0, PROMPT[: 1 + seat % 5])])
+        torch.testing.assert_close(found[seat], few.advance([Feed(0, [seat + 3])])[0], rtol=1e-4, atol=1e-4)
+        few.release(0)

@@ -14,6 +14,7 @@ from decoct.model import Model
 from decoct.runtime.anatomy import Anatomy, anatomy, slow_because
 from decoct.runtime.cache import places
 from decoct.runtime.keep import Keep, PolicyKeep, Span, StaticKeep
+from decoct.runtime.kernels.product import MOST_DIRECT
 from decoct.runtime.linears import Linear, joined, product
 from decoct.runtime.network import Feed
 from decoct.runtime.step import Step, step_of
@@ -168,8 +169,17 @@ class Decoder:
         """Take tokens in; gives the float32 logits after the last token of each feed."""
         for feed in feeds:
             assert self._lengths[feed.seat] + len(feed.tokens) <= self.context, "the caller counts tokens"
-        if self._step is not None and all(len(feed.tokens) == 1 for feed in feeds):
+        single = [i for i, feed in enumerate(feeds) if len(feed.tokens) == 1]
+        if self._step is None or not 0 < len(single) <= MOST_DIRECT:
+            return self._several(feeds)
+        if len(single) == len(feeds):
             return self._one_each(self._step, feeds)
+        others = [i for i in range(len(feeds)) if i not in single]
+        found = [self._one_each(self._step, [feeds[i] for i in single]), self._several([feeds[i] for i in others])]
+        return torch.cat(found)[torch.tensor([*single, *others]).argsort()]
+
+    def _several(self, feeds: Sequence[Feed]) -> Float[Tensor, "feeds vocab"]:
+        """Prompts, and tokens where there is no step in the kernels."""
         feeds = [self._all_but_the_last_piece(feed) for feed in feeds]
         hidden = self._run(feeds)
         ends = torch.tensor([len(feed.tokens) for feed in feeds]).cumsum(0) - 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from decoct.runtime.decoder import Block, Decoder, Norm
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_Call = ctypes.CFUNCTYPE(None, c_int64, c_void_p, c_int64, c_void_p)
+_Call = ctypes.CFUNCTYPE(c_int32, c_int64, c_void_p, c_int64, c_void_p)
 
 
 class _Part(Structure):
@@ -103,6 +103,7 @@ class Step:
         self.failed: BaseException | None = None
         self._call = _Call(self._multiply)
         form = decoder.form
+        assert all(part.dtype == self._dtype and part.is_contiguous() for pair in decoder.angles for part in pair)
         blocks = [self._block(decoder, number, block) for number, block in enumerate(decoder.blocks)]
         self.vocabulary = sum(product.shape[0] for product in decoder.head.products)
         self._network = _Network(
@@ -127,16 +128,18 @@ class Step:
         """
         assert hidden.is_contiguous()
         assert hidden.dtype == self._dtype
+        if min(seats) < 0 or max(seats) >= self._network.seats or max(positions) >= self._network.context:
+            raise IndexError("no such seat, or the sequence is longer than the context")
         count = len(seats)
-        logits = torch.empty(count, self.vocabulary)
+        logits = torch.empty(count, self.vocabulary, dtype=torch.float32, device="cpu")
         self._network.threads = torch.get_num_threads()
         numbers = c_int64 * count
-        self._kernels.step(
+        whole = self._kernels.step(
             byref(self._network), hidden.data_ptr(), numbers(*seats), numbers(*positions), count, logits.data_ptr()
         )
         failed, self.failed = self.failed, None
-        if failed is not None:
-            raise failed
+        if not whole:
+            raise failed or KeyboardInterrupt
         return logits
 
     def _block(self, decoder: "Decoder", number: int, block: "Block") -> _Block:
@@ -163,6 +166,7 @@ class Step:
         return _Norm(gain.data_ptr(), TYPES[gain.dtype], norm.eps)
 
     def _linear(self, layer: Linear) -> _Linear:
+        assert len({product.shape[1] for product in layer.products}) == 1
         parts = (_Part * len(layer.products))(*map(self._part, layer.products))
         bias = None if layer.bias is None else layer.bias.contiguous()
         self._alive += [parts, bias]
@@ -183,12 +187,14 @@ class Step:
         self._called.append(product)
         return _Part(None, None, product.shape[0], self._call, len(self._called) - 1)
 
-    def _multiply(self, handle: int, x: int, count: int, out: int) -> None:
-        """What the kernels call back for: a product that is none of theirs alone."""
+    def _multiply(self, handle: int, x: int, count: int, out: int) -> int:
+        """What the kernels call back for: a product that is none of theirs alone; 0, as ctypes gives too: stop."""
         with _Kept(self), torch.inference_mode():
             product = self._called[handle]
             rows, cols = product.shape
             self._tensor(out, count, rows).copy_(product(self._tensor(x, count, cols)))
+            return 1
+        return 0
 
     def _tensor(self, address: int, count: int, width: int) -> Tensor:
         """Numbers in the kernels' memory."""

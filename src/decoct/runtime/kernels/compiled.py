@@ -15,6 +15,7 @@ BLOCK = 16
 """Rows that kernels unpack together."""
 
 _TILE = 1 << 22  # entries that are unpacked at a time for a dense product
+_SHARED, _MOST_SHARED = 64, 128  # as in native/product.cpp: rounded inputs that share a scale
 _TYPED = {"scale": "scale_type", "zero": "zero_type", "values": "value_type", "index": "index_type"}
 
 
@@ -52,7 +53,8 @@ class Compiled(Product):
         self._level = LEVELS.index(library.levels[-1])
         self.kernel = f"{layout.name.lower().replace('_', ' ')} {settings.get('bits', '')}".strip()
         self._tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self.nbytes = sum(tensor.nbytes for tensor in self._tensors.values())
+        shared = {"table"} if layout == Layout.TRELLIS else set()  # one for all trellises of a kind
+        self.nbytes = sum(tensor.nbytes for name, tensor in self._tensors.items() if name not in shared)
         types = {_TYPED[name]: TYPES[t.dtype] for name, t in self._tensors.items() if name in _TYPED}
         pointers = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
         self.matrix = Matrix(layout=layout, rows=shape[0], cols=shape[1], **settings, **types, **pointers)
@@ -60,7 +62,11 @@ class Compiled(Product):
     @property
     def can_round(self) -> bool:
         """Whether there is a product with inputs rounded to 8 bits."""
-        return self.matrix.layout == Layout.INTS and LEVELS[self._level] == "avx512bf16"
+        if self.matrix.layout != Layout.INTS or LEVELS[self._level] != "avx512bf16":
+            return False
+        size: int = self.matrix.group_size
+        groups: int = self.matrix.groups
+        return groups == 1 or size <= _MOST_SHARED or size % _SHARED == 0
 
     def at_level(self, name: str) -> "Compiled":
         """Itself, told to use one of the library's instruction levels: for tests and measurements."""

@@ -48,6 +48,8 @@ class Part(Weight):
 class Composed(Product):
     """Sum, LowRank, Rotated, Stacked, Padded, QuantizedInput: in float32 between their parts.
 
+    A prompt goes through the factors of a LowRank in its own dtype, where that is less work than their product.
+
     Attributes:
         factors: left and right, if it is a product of two whose inputs are not rounded.
     """
@@ -57,6 +59,8 @@ class Composed(Product):
         self._parts = tuple(parts.values())
         thin = isinstance(weight, LowRank) and not weight.quantizes_inputs
         self.factors = (parts["left"], parts["right"]) if thin else None
+        rank = parts["left"].shape[1] if thin else 0
+        self._thin = rank * sum(weight.shape) < weight.shape[0] * weight.shape[1]
         self._expression = weight.with_children({name: Part.of(part) for name, part in parts.items()})
         self._rounds_inputs = isinstance(weight, QuantizedInput) or weight.quantizes_inputs
         self.nbytes = self._expression.nbytes + sum(part.nbytes for part in self._parts)
@@ -66,7 +70,7 @@ class Composed(Product):
         if self._rounds_inputs:
             return self._expression.apply(x)
         if x.numel() // self.shape[1] > MOST_DIRECT:
-            if self.factors is not None:  # one after the other takes less than multiplying them first
+            if self.factors is not None and self._thin and x.dtype != torch.float16:  # half's range is too small
                 return self.factors[0](self.factors[1](x))
             return linear(x, self.unpack(x.dtype))
         return self._expression.apply(x.float()).to(x.dtype)

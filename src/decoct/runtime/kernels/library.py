@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 5  # of the functions and of `Matrix`; the library says its own
+VERSION = 6  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"
@@ -94,7 +94,7 @@ class Library:
         self.step = self._functions.decoct_step
         """One more token for some sequences; see step.py."""
         self.step.argtypes = [c_void_p, c_void_p, POINTER(c_int64), POINTER(c_int64), c_int64, c_void_p]
-        self.step.restype = None
+        self.step.restype = c_int32
 
     def multiply(self, matrix: Matrix, x: Tensor, out: Tensor, level: int) -> None:
         """`out` [n, rows] = `x` [n, cols] · matrixᵀ; contiguous, of one of FLOATS."""

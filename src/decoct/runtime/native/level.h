@@ -1,4 +1,4 @@
-// The two functions of an instruction level, for every layout. Each level includes this once, compiled for itself.
+// The functions of an instruction level, for every layout. Each level includes this once, compiled for itself.
 #pragma once
 
 #include <cstdlib>

@@ -43,19 +43,22 @@ class Step {
       : n_(network), level_(level_of(network.level)), s_(*level_.steps), seats_(seats), positions_(positions), count_(count),
         size_(size_of(network.type)), room_(room) {}
 
-  void run(char* hidden, float* logits) {
-    for (int64_t b = 0; b < n_.num_blocks; ++b) {
+  // False where a product that was called back for failed.
+  bool run(char* hidden, float* logits) {
+    for (int64_t b = 0; b < n_.num_blocks && whole_; ++b) {
       const DecoctBlock& block = n_.blocks[b];
       halve(hidden, block.before_attention, block.after_attention, [&] { attention(b, block); });
       halve(hidden, block.before_mlp, block.after_mlp, [&] { mlp(block); });
     }
     normalise(hidden, n_.final_norm);
     linear(n_.head, room_.read, room_.logits);
+    if (!whole_) return false;
     for (int64_t i = 0; i < count_; ++i) {
       float* row = logits + i * n_.head.rows;
       level_.widen(room_.logits.row(i), n_.type, n_.head.rows, row);
       if (n_.logit_cap > 0) s_.cap(row, n_.head.rows, n_.logit_cap);
     }
+    return true;
   }
 
  private:
@@ -134,7 +137,7 @@ class Step {
         continue;
       }
       room_.given.shape(count_, part.rows, size_);
-      part.call(part.handle, x.row(0), count_, room_.given.row(0));
+      whole_ = whole_ && part.call(part.handle, x.row(0), count_, room_.given.row(0)) == 1;
       for (int64_t i = 0; i < count_; ++i) memcpy(out.row(i, column), room_.given.row(i), part.rows * size_);
     }
     if (layer.bias)
@@ -169,13 +172,14 @@ class Step {
   const int64_t *seats_, *positions_;
   const int64_t count_, size_;
   Room& room_;
+  bool whole_ = true;
 };
 
 }  // namespace
 
-// hidden [count][width] are embeddings, and are overwritten; logits [count][vocabulary] are float32.
-DECOCT_EXPORT void decoct_step(
+// hidden [count][width] are embeddings, and are overwritten; logits [count][vocabulary] are float32. 0: a product failed.
+DECOCT_EXPORT int32_t decoct_step(
     const DecoctNetwork* network, void* hidden, const int64_t* seats, const int64_t* positions, int64_t count, float* logits) {
   static thread_local Room room;
-  Step(*network, seats, positions, count, room).run((char*)hidden, logits);
+  return Step(*network, seats, positions, count, room).run((char*)hidden, logits);
 }

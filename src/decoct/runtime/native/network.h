@@ -10,7 +10,7 @@ struct DecoctPart {
   const DecoctMatrix* matrix;  // null: `call`
   const DecoctMatrix* inner;   // multiplied first, in float32 from there on; null: none
   int64_t rows;
-  void (*call)(int64_t handle, const void* x, int64_t count, void* out);
+  int32_t (*call)(int64_t handle, const void* x, int64_t count, void* out);  // 0: it failed
   int64_t handle;
 };
 

@@ -35,8 +35,8 @@ DECOCT_INLINE Words half_words(const uint32_t* period, int i) {
 template <int BITS>
 DECOCT_INLINE Shorts shifted_pair(const Words (&halves)[Period<BITS>::words], int k) {
   const int bit = k * BITS, half = bit / 16, shift = bit % 16;
-  if (shift + BITS <= 16) return (Shorts)halves[half] >> shift;
-  return (Shorts)_mm512_shrdi_epi16((__m512i)halves[half], (__m512i)halves[half + 1], shift);
+  const Shorts low = (Shorts)halves[half] >> (uint16_t)shift;
+  return shift + BITS <= 16 ? low : low | (Shorts)halves[half + 1] << (uint16_t)(16 - shift);
 }
 
 // Values of codes of up to 5 bits, by a table of 32: more than 5 bits of an index do not matter.

@@ -1,5 +1,5 @@
 // What lies between a network's products, for each instruction level. Numbers are rounded to the network's type wherever torch
-// rounds them, so that greedy decoding says what transformers says.
+// rounds them, so that greedy decoding says what transformers says; but for scores of attention, which stay float32.
 #pragma once
 
 #include <cmath>
