@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from decoct.model import open_model
 from decoct.runtime import decoder
 from decoct.runtime.decoder import Decoder
+from decoct.runtime.kernels.library import library
 from decoct.runtime.network import Feed
 from tests.engine.running import RTN, make_base, run
 from tests.tiny import CONFIGS, save_model
@@ -149,3 +150,16 @@ def test_many_sequences_at_once(tmp_path: Path) -> None:
         few.advance([Feed(0, PROMPT[: 1 + seat % 5])])
         torch.testing.assert_close(found[seat], few.advance([Feed(0, [seat + 3])])[0], rtol=1e-4, atol=1e-4)
         few.release(0)
+
+
+def test_rounded_prompts(tmp_path: Path) -> None:
+    """Near the exact ones, and said; where no kernel rounds, that is said instead."""
+    base, found = make_base(tmp_path, "llama"), library()
+    there = found is not None and "avx512bf16" in found.levels
+    for folder, able in ((run(base, tmp_path / "out", RTN).folder, there), (base, False)):
+        exact, rounded = (Decoder(open_model(folder), context=48, rounded_prompts=each) for each in (False, True))
+        wanted, got = (network.advance([Feed(0, PROMPT * 2)]) for network in (exact, rounded))
+        said = "prompts rounded to 8 bits" if able else "prompts exact: no kernel here rounds them"
+        assert rounded.about.endswith(said)
+        assert torch.equal(wanted, got) != able
+        assert (wanted - got).abs().max() <= 0.05 * wanted.abs().max()

@@ -136,9 +136,9 @@ class Decoder:
         self._lengths = [0] * num_seats
         self._step = step_of(self, self._keep)
         self.about = f"decoct's decode loop, kernels: {', '.join(sorted(self.kernels))}"
-        rounding = [layer for layer in self.layers() if rounded_prompts and layer.round_prompts()]
-        if rounding:
-            self.about += "; prompts rounded to 8 bits"
+        if rounded_prompts:
+            rounding = [layer for layer in self.layers() if layer.round_prompts()]
+            self.about += "; prompts rounded to 8 bits" if rounding else "; prompts exact: no kernel here rounds them"
 
     @property
     def kernels(self) -> set[str]:
@@ -250,7 +250,7 @@ class _Loader:
     """Reads a model's blocks, and joins the matrices that read the same."""
 
     def __init__(self, model: Model, form: Anatomy, dtype: torch.dtype) -> None:
-        self._model, self.form, self._dtype = model, form, dtype
+        self._model, self._form, self._dtype = model, form, dtype
         self._roles = {slot.role: slot.name for slot in model.block_slots}
 
     def block(self, number: int, angles: int) -> Block:
@@ -281,8 +281,8 @@ class _Loader:
     def norm(self, name: str) -> Norm:
         """A norm by its gain's full name."""
         gain = self._model.tensor(name)
-        offset = self.form.gain_offset
-        return Norm(gain.float() + offset if offset else gain.to(self._dtype), self.form.eps)
+        offset = self._form.gain_offset
+        return Norm(gain.float() + offset if offset else gain.to(self._dtype), self._form.eps)
 
     def _joined(self, number: int, roles: tuple[str, ...], fused: str = "") -> Linear:
         """Matrices that read the same, as one; `fused`: the role of the one that the checkpoint may have instead."""

@@ -139,7 +139,7 @@ class Step:
         )
         failed, self.failed = self.failed, None
         if not whole:
-            raise failed or KeyboardInterrupt
+            raise failed or KeyboardInterrupt  # Ctrl-C just around the callback never reaches it
         return logits
 
     def _block(self, decoder: "Decoder", number: int, block: "Block") -> _Block:

@@ -15,7 +15,6 @@ BLOCK = 16
 """Rows that kernels unpack together."""
 
 _TILE = 1 << 22  # entries that are unpacked at a time for a dense product
-_SHARED, _MOST_SHARED = 64, 128  # as in native/product.cpp: rounded inputs that share a scale
 _TYPED = {"scale": "scale_type", "zero": "zero_type", "values": "value_type", "index": "index_type"}
 
 
@@ -24,7 +23,7 @@ class Compiled(Product):
 
     Attributes:
         matrix: as the kernels see it.
-        rounds_prompts: whether inputs are rounded to 8 bits where there are many of them.
+        rounds_prompts: whether inputs are rounded to 8 bits where there are many of them; only if it `can_round`.
     """
 
     rounds_prompts = False
@@ -62,11 +61,7 @@ class Compiled(Product):
     @property
     def can_round(self) -> bool:
         """Whether there is a product with inputs rounded to 8 bits."""
-        if self.matrix.layout != Layout.INTS or LEVELS[self._level] != "avx512bf16":
-            return False
-        size: int = self.matrix.group_size
-        groups: int = self.matrix.groups
-        return groups == 1 or size <= _MOST_SHARED or size % _SHARED == 0
+        return self._library.can_round(self.matrix, self._level)
 
     def at_level(self, name: str) -> "Compiled":
         """Itself, told to use one of the library's instruction levels: for tests and measurements."""
@@ -83,10 +78,8 @@ class Compiled(Product):
             return self._dense(x)
         out = torch.empty(*x.shape[:-1], self.shape[0], dtype=x.dtype)
         given, found = x.reshape(rows, self.shape[1]).contiguous(), out.view(rows, -1)
-        if not many:
-            self._library.multiply(self.matrix, given, found, self._level)
-        elif not self._library.multiply_rounded(self.matrix, given, found, self._level):
-            return self._dense(x)
+        multiply = self._library.multiply_rounded if many else self._library.multiply
+        multiply(self.matrix, given, found, self._level)
         return out
 
     @override

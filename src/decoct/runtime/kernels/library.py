@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 6  # of the functions and of `Matrix`; the library says its own
+VERSION = 7  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"
@@ -87,7 +87,9 @@ class Library:
         self._multiply.argtypes = [POINTER(Matrix), c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
         self._multiply.restype = None
         self._rounded = self._functions.decoct_multiply_rounded
-        self._rounded.argtypes, self._rounded.restype = self._multiply.argtypes, c_int32
+        self._rounded.argtypes, self._rounded.restype = self._multiply.argtypes, None
+        self._can_round = self._functions.decoct_can_round
+        self._can_round.argtypes, self._can_round.restype = [POINTER(Matrix), c_int32], c_int32
         self._unpack = self._functions.decoct_unpack
         self._unpack.argtypes = [POINTER(Matrix), c_int64, c_int64, c_int32, c_void_p, c_int32, c_int32]
         self._unpack.restype = None
@@ -101,10 +103,14 @@ class Library:
         type_, threads = TYPES[x.dtype], torch.get_num_threads()
         self._multiply(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level)
 
-    def multiply_rounded(self, matrix: Matrix, x: Tensor, out: Tensor, level: int) -> bool:
-        """As `multiply`, of inputs rounded to 8 bits; False where there is no such product, and `out` is untouched."""
+    def can_round(self, matrix: Matrix, level: int) -> bool:
+        """Whether there is `multiply_rounded` for a matrix."""
+        return bool(self._can_round(byref(matrix), level))
+
+    def multiply_rounded(self, matrix: Matrix, x: Tensor, out: Tensor, level: int) -> None:
+        """As `multiply`, of inputs rounded to 8 bits."""
         type_, threads = TYPES[x.dtype], torch.get_num_threads()
-        return bool(self._rounded(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level))
+        self._rounded(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level)
 
     def unpack(self, matrix: Matrix, blocks: range, out: Tensor, level: int) -> None:
         """Rows of blocks of 16 into `out` [rows, cols], contiguous, of one of FLOATS."""

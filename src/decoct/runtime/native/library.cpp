@@ -32,7 +32,7 @@ const Level& level_of(int32_t number) {
 using namespace decoct;
 
 // Changes whenever a struct or a function that Python sees does.
-DECOCT_EXPORT int32_t decoct_version() { return 6; }
+DECOCT_EXPORT int32_t decoct_version() { return 7; }
 
 // Bit n is set where this processor runs level n: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON, 4 AVX-512 with bf16.
 DECOCT_EXPORT uint32_t decoct_levels() {
@@ -62,10 +62,13 @@ DECOCT_EXPORT void decoct_multiply(
   multiply(*matrix, level_of(number), x, type, count, out, matrix->rows, threads);
 }
 
-// The same with inputs rounded to 8 bits; 0 where there is no such product, and `out` is untouched.
-DECOCT_EXPORT int32_t decoct_multiply_rounded(
+// Whether there is `decoct_multiply_rounded` for a matrix.
+DECOCT_EXPORT int32_t decoct_can_round(const DecoctMatrix* matrix, int32_t number) { return can_round(*matrix, level_of(number)); }
+
+// The same with inputs rounded to 8 bits.
+DECOCT_EXPORT void decoct_multiply_rounded(
     const DecoctMatrix* matrix, const void* x, int32_t type, int64_t count, void* out, int32_t threads, int32_t number) {
-  return multiply_rounded(*matrix, level_of(number), x, type, count, out, matrix->rows, threads);
+  multiply_rounded(*matrix, level_of(number), x, type, count, out, matrix->rows, threads);
 }
 
 // Rows of blocks [first, last) of 16, in `type`.

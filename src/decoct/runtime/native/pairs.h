@@ -9,12 +9,13 @@
 namespace decoct {
 namespace DECOCT_LEVEL {
 
+constexpr int power_of_two_in(int bits) { return bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1; }
+
 // Codes that fill an odd number of words. Code k of the first half and code k of the second then lie 16 bits apart in the
 // bit stream, or an odd number of half-words: one can be brought above the other by a blend.
 template <int BITS>
 struct Period {
-  static constexpr int twos = BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1;
-  static constexpr int words = BITS / twos, codes = kUnit / twos, pairs = codes / 2;
+  static constexpr int words = BITS / power_of_two_in(BITS), codes = kUnit / power_of_two_in(BITS), pairs = codes / 2;
 };
 
 typedef uint16_t Shorts __attribute__((vector_size(64)));
@@ -230,7 +231,7 @@ void pair_inputs(const DecoctMatrix& m, const uint16_t* x, int64_t width, uint32
     memcpy(pairs, x, width * sizeof(uint16_t));
     return;
   }
-  const int codes = kUnit / (m.bits % 4 == 0 ? 4 : m.bits % 2 == 0 ? 2 : 1);
+  const int codes = kUnit / power_of_two_in(m.bits);
   for (int64_t column = 0; column < width; column += codes)
     for (int k = 0; k < codes / 2; ++k) *pairs++ = x[column + k] | (uint32_t)x[column + codes / 2 + k] << 16;
 }

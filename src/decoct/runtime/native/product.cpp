@@ -10,8 +10,9 @@ namespace decoct {
 namespace {
 
 constexpr int64_t kWorthAThread = 1 << 15;  // bytes of a matrix that take longer than waking a helper
-constexpr int64_t kPanels = 4;                // that are unpacked to bytes together: inputs are read once for all of them
-constexpr int64_t kShared = 64, kMostShared = 128;  // columns of rounded inputs that share a scale: a group's, if it is not longer
+constexpr int64_t kPanels = 4;              // that are unpacked to bytes together: inputs are read once for all of them
+constexpr int64_t kShared = 64;             // columns of rounded inputs that share a scale: a group's, or so many
+constexpr int64_t kMostShared = 128;        // columns of a group whose inputs share one
 constexpr int kShares = 8;                  // pieces for each thread: one that is disturbed takes fewer
 
 int64_t bytes_of_block(const DecoctMatrix& m) {
@@ -31,6 +32,9 @@ void add_groups(const DecoctMatrix& m, const float* x, float* sums) {
     sums[group] = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
   }
 }
+
+// Columns of rounded inputs that share a scale.
+int64_t shared_columns(const DecoctMatrix& m) { return m.groups > 1 && m.group_size <= kMostShared ? m.group_size : kShared; }
 
 struct Scratch {
   std::vector<float> x, sums, out;
@@ -86,13 +90,14 @@ void multiply(
     level.narrow(products + i * height, m.rows, type, (char*)out + i * stride * size_of(type));
 }
 
-bool multiply_rounded(
+bool can_round(const DecoctMatrix& m, const Level& level) {
+  return level.rounded && m.layout == DECOCT_INTS && (m.groups == 1 || m.group_size % shared_columns(m) == 0);
+}
+
+void multiply_rounded(
     const DecoctMatrix& m, const Level& level, const void* x, int32_t type, int64_t count, void* out, int64_t stride, int threads) {
-  if (!level.rounded || m.layout != DECOCT_INTS) return false;
   const int64_t width = rounded_up(m.cols, kUnit), tiles = rounded_up(count, kTile) / kTile, blocks = rounded_up(m.rows, kRows) / kRows;
-  const int64_t size = m.groups > 1 && m.group_size <= kMostShared ? m.group_size : kShared;
-  if (m.groups > 1 && m.group_size % size) return false;
-  const int64_t shared = rounded_up(m.cols, size) / size;
+  const int64_t size = shared_columns(m), shared = rounded_up(m.cols, size) / size;
   static thread_local std::vector<int8_t> codes;
   static thread_local std::vector<float> scale, sums;
   codes.assign(tiles * kTile * width, 0), scale.assign(tiles * shared * kTile, 0.0f), sums.assign(tiles * shared * kTile, 0.0f);
@@ -106,7 +111,6 @@ bool multiply_rounded(
     for (int64_t b = first; b < last; b += kPanels)
       level.rounded->multiply(m, in, b, std::min(b + kPanels, last), type, (char*)out, stride, room.data());
   });
-  return true;
 }
 
 }  // namespace decoct
