@@ -289,12 +289,6 @@ def test_a_teacher_with_another_tokenizer(base: Path, tmp_path: Path) -> None:
         planned(base, teacher=str(other))
 
 
-def test_rounded_inputs_are_refused(base: Path) -> None:
-    steps = {"blocks": [RTN, {"linear": {"inputs": {"bits": 8, "group_size": "token"}}}]}
-    with pytest.raises(ValueError, match="matrices are trained for inputs as they are"):
-        decoct.plan(base, {"stages": [steps, DISTILL], "data": {"source": str(base.parent / "text.txt")}})
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -22,8 +22,11 @@ from decoct.arch.schema import Config, Family, Slot
 
 Tensors = Mapping[str, Tensor]
 
-Products = Mapping[str, Callable[[Tensor], Tensor]]
-"""By a linear layer's path in its block: what takes the place of x·Wᵀ there, before the bias is added."""
+Product = Callable[[Tensor], Tensor]
+"""What takes the place of x·Wᵀ in a linear layer, before the bias is added."""
+
+Products = Mapping[str, Product]
+"""By a linear layer's path in its block."""
 
 
 _POSITIONS = 512  # whose rotary embeddings are computed at once

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decoct.engine.activations import Activations
-from decoct.engine.runner import Runner
+from decoct.engine.runner import Runner, products_of
 from decoct.weights import Weight
 
 
@@ -62,7 +62,6 @@ class BlockPassage:
         self, matrices: Mapping[str, Float[Tensor, "out in"]], x: Float[Tensor, "batch seq hidden"]
     ) -> Float[Tensor, "batch seq hidden"]:
         """The block's output."""
+        products = products_of(self.applied, self.runner.dtype)
         plain = {name: matrix for name, matrix in matrices.items() if name not in self.applied}
-        return self.runner.run(
-            self.block, self.runner.lay_out_matrices(self.block, plain, self.vectors, self.applied), x
-        )
+        return self.runner.run(self.block, self.runner.lay_out_matrices(self.block, plain, self.vectors, products), x)

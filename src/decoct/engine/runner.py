@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decoct.arch import Slot, edges
-from decoct.arch.hf import Attention, BlockCall, CacheLike, Products, Skeleton, module_tensors
+from decoct.arch.hf import Attention, BlockCall, CacheLike, Product, Products, Skeleton, module_tensors
 from decoct.model import Model
 from decoct.weights import Weight, ready
 
@@ -87,37 +87,37 @@ class Runner:
         Raises:
             ValueError: the checkpoint lacks one.
         """
-        applied = {name: weight for name, weight in weights.items() if weight.quantizes_inputs}
-        matrices = {name: weight.unpack(self.dtype) for name, weight in weights.items() if name not in applied}
-        return self.lay_out_matrices(block, matrices, vectors, applied)
+        products = products_of(weights, self.dtype)
+        matrices = {name: weight.unpack(self.dtype) for name, weight in weights.items() if name not in products}
+        return self.lay_out_matrices(block, matrices, vectors, products)
 
     def lay_out_matrices(
         self,
         block: int,
         matrices: Mapping[str, Tensor],
         vectors: Mapping[str, Tensor] | None = None,
-        applied: Mapping[str, Weight] | None = None,
+        products: Mapping[str, Product] | None = None,
     ) -> LaidOut:
-        """The same from matrices [out, in] in `dtype`, to which gradients flow back, and weights that round inputs."""
+        """The same from matrices [out, in] in `dtype`, to which gradients flow back, and `products_of` the others."""
         if vectors is None:
             vectors = {name: self.model.tensor(name) for name in self.model.others(block)}
         given = {**matrices, **{name: v.to(self.dtype) for name, v in vectors.items()}}
-        return self.lay_out_given(block, given, applied)
+        return self.lay_out_given(block, given, products)
 
     def lay_out_given(
-        self, block: int, given: Mapping[str, Tensor], applied: Mapping[str, Weight] | None = None
+        self, block: int, given: Mapping[str, Tensor], products: Mapping[str, Product] | None = None
     ) -> LaidOut:
-        """The same from all of a block's tensors, in `dtype`, by full checkpoint name."""
+        """The same from all of a block's tensors, in `dtype`, and products instead of some; by full checkpoint name."""
         model, prefix = self.model, self.model.prefix(block)
         slots = {prefix + slot.name: slot for slot in model.block_slots}
-        products = {self._path(slots[name]): ready(w, self.dtype).apply for name, w in (applied or {}).items()}
+        instead = {self._path(slots[name]): product for name, product in (products or {}).items()}
         tensors = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
         laid = module_tensors(model.family, prefix, model.block_slots, tensors)
-        lacking = self.skeleton.block_parameters(block) - laid.keys() - {f"{path}.weight" for path in products}
+        lacking = self.skeleton.block_parameters(block) - laid.keys() - {f"{path}.weight" for path in instead}
         if lacking:
             name = prefix + min(lacking)
             raise ValueError(f"{model.source.label} lacks the tensor {name}; the checkpoint is incomplete")
-        return LaidOut(laid, products)
+        return LaidOut(laid, instead)
 
     def attentions(self) -> list[Attention]:
         """What a key-value cache has to know about each block's attention."""
@@ -184,6 +184,11 @@ class Runner:
             return slot.param.rsplit(".", 1)[0]
         prefix = self.model.prefix(0)
         return self.model.family.module_name(prefix + slot.name).removeprefix(prefix).removesuffix(".weight")
+
+
+def products_of(weights: Mapping[str, Weight], dtype: torch.dtype) -> dict[str, Product]:
+    """What those of some weights that round their inputs make of these, by name."""
+    return {name: ready(weight, dtype).apply for name, weight in weights.items() if weight.quantizes_inputs}
 
 
 def running_nbytes(model: Model, dtype: torch.dtype) -> int:

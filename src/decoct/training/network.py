@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from decoct.arch.hf import CacheLike
-from decoct.engine.runner import LaidOut, Runner
+from decoct.engine.runner import LaidOut, Runner, products_of
 from decoct.losses import Batch, Head, Projected, Targets
 from decoct.methods.policy import Policy
 from decoct.model import Model
@@ -18,13 +18,13 @@ from decoct.runtime.cache import places
 from decoct.training.inside import Insides, Noting, Place, Seen
 from decoct.training.keep import StraightThrough
 from decoct.training.objective import Objective
-from decoct.training.views import Vector, View
+from decoct.training.views import AnyView, Rounding, Vector, View
 
 
 class Named(nn.Module):
     """Views or vectors by the checkpoint's names, which a module's children cannot have: they hold dots."""
 
-    def __init__(self, members: Mapping[str, View] | Mapping[str, Vector]) -> None:
+    def __init__(self, members: Mapping[str, AnyView] | Mapping[str, Vector]) -> None:
         super().__init__()
         self.names = tuple(members)
         self.members = nn.ModuleList(members.values())
@@ -43,7 +43,7 @@ class TrainedBlock(nn.Module):
         runner: Runner,
         noting: Noting,
         block: int,
-        views: Mapping[str, View],
+        views: Mapping[str, AnyView],
         vectors: Mapping[str, Vector],
         dtype: torch.dtype,
         cache: CacheLike | None,
@@ -51,7 +51,9 @@ class TrainedBlock(nn.Module):
         super().__init__()
         self._runner, self._noting, self._block, self._dtype = runner, noting, block, dtype
         self._cache = cache
-        self.matrices, self.vectors = Named(views), Named(vectors)
+        self._rounding = {name: view for name, view in views.items() if isinstance(view, Rounding)}
+        self.matrices = Named({name: view for name, view in views.items() if isinstance(view, View)})
+        self.rounding, self.vectors = Named(self._rounding), Named(vectors)
         model = runner.model
         self._fixed = {name: model.tensor(name).float() for name in model.others(block) if name not in vectors}
 
@@ -59,7 +61,9 @@ class TrainedBlock(nn.Module):
     def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> tuple[Tensor, ...]:
         """The block's output, and what is wanted of its inside."""
         given = {**self.matrices(self._dtype), **self.vectors(torch.float32), **self._fixed}
-        return self._noting.run(self._block, self._runner.lay_out_given(self._block, given), hidden, self._cache)
+        products = {name: view.product(self._dtype) for name, view in self._rounding.items()}
+        laid = self._runner.lay_out_given(self._block, given, products)
+        return self._noting.run(self._block, laid, hidden, self._cache)
 
 
 class Student(nn.Module):
@@ -76,7 +80,7 @@ class Student(nn.Module):
     def __init__(
         self,
         model: Model,
-        views: Mapping[str, View],
+        views: Mapping[str, AnyView],
         vectors: Mapping[str, Vector],
         dtype: torch.dtype,
         *,
@@ -184,9 +188,11 @@ class Teacher:
     def _laid_out(self, block: int) -> LaidOut:
         model = self._model
         names = [model.prefix(block) + slot.name for slot in model.block_slots]
-        given = {name: model.weight(name).unpack(self._dtype) for name in names}
+        weights = {name: model.weight(name) for name in names}
+        products = products_of(weights, self._dtype)
+        given = {name: weight.unpack(self._dtype) for name, weight in weights.items() if name not in products}
         given |= {name: model.tensor(name).float() for name in model.others(block)}
-        return self._runner.lay_out_given(block, given)
+        return self._runner.lay_out_given(block, given, products)
 
 
 def head_of(model: Model, matrix: Float[Tensor, "vocab hidden"]) -> Head:

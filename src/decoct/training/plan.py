@@ -12,13 +12,12 @@ from decoct.engine.data import SELF, Data, check_length, check_source, writing_b
 from decoct.engine.plan import FIXED, Group, Plan
 from decoct.engine.stages import Before
 from decoct.losses.chunks import AT_ONCE
-from decoct.methods import LinearMethod
 from decoct.methods.quantize.qat import QAT
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model
 from decoct.training.text import TEACHER, length_of, source_of
 from decoct.training.views.choose import changes_form, corrections, is_end, vector_names
-from decoct.weights import QuantizedInput, Shared, described_kinds, tensor_specs
+from decoct.weights import Shared, described_kinds, tensor_specs
 
 _MARGIN = 1.2  # gradients of many sizes come and go, so more lies scattered than in a streamed pass
 _STATE_BYTES = 4 * 4  # of each trained number, float32: its value, its gradient, two moments
@@ -147,17 +146,9 @@ def check_text(before: Before, method: TrainingMethod) -> None:
     check_length(before.data.model_copy(update={"sequence_length": length_of(method, before.data)}), model)
     if source != TEACHER:
         check_source(before.data.model_copy(update={"source": source}))
-    made = (each for plan in before.plans for group in plan.groups for each in group.methods)
-    rounds = any(isinstance(each, LinearMethod) and each.quantizes_inputs for each in made)
-    for name, description in model.described.items():
-        kinds = described_kinds(description)
-        rounds = rounds or QuantizedInput.kind in kinds
-        if Shared.kind in kinds:
+    for name, description in _described(before).items():
+        if Shared.kind in described_kinds(description):
             raise ValueError(f"{name} is shared with another matrix, which cannot be trained; leave the stage out")
-    if rounds:
-        raise ValueError(
-            "matrices are trained for inputs as they are; put the step that rounds inputs into a blocks stage after it"
-        )
 
 
 def _peak(fixed: int, model: Model, tokens: int, dtype: torch.dtype, *, kept: bool) -> int:

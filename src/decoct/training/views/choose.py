@@ -10,8 +10,10 @@ from decoct.methods.quantize.qat import QAT
 from decoct.methods.training import TrainingMethod
 from decoct.model import Model
 from decoct.ops.grid import resolve_group_size
+from decoct.training.views import AnyView
 from decoct.training.views.adapter import lora_view, qa_lora_view
 from decoct.training.views.latent import latent_view
+from decoct.training.views.rounding import Rounding
 from decoct.training.views.vector import Vector
 from decoct.training.views.view import View
 from decoct.weights import LowRank, Sum, Weight, describe
@@ -22,7 +24,7 @@ def is_end(model: Model, name: str) -> bool:
     return name in {slot.name for slot in model.end_slots}
 
 
-def views_of(model: Model, method: TrainingMethod) -> dict[str, View]:
+def views_of(model: Model, method: TrainingMethod) -> dict[str, AnyView]:
     """A view of every matrix, by full name; of those that are not trained, one without parameters."""
     found = {}
     for name, slot in model.slots().items():
@@ -33,12 +35,16 @@ def views_of(model: Model, method: TrainingMethod) -> dict[str, View]:
     return found
 
 
-def _view(weight: Weight, method: TrainingMethod, *, end: bool) -> View:
-    """The view of a matrix that keeps its form."""
-    if method.trains("ends" if end else "matrices"):
-        return View(weight, chosen=_everything)
-    inside = corrections(describe(weight)) if method.trains("corrections") else ()
-    return View(weight, chosen=lambda name: name.startswith(inside))
+def _view(weight: Weight, method: TrainingMethod, *, end: bool) -> AnyView:
+    """The view of a weight that keeps its form."""
+    everything = method.trains("ends" if end else "matrices")
+    inside = ("",) if everything else corrections(describe(weight)) if method.trains("corrections") else ()
+
+    def of(part: Weight, path: str) -> View:
+        before = f"{path}." if path else ""
+        return View(part, chosen=lambda name: (before + name).startswith(inside))
+
+    return Rounding(weight, of) if weight.quantizes_inputs else of(weight, "")
 
 
 def corrections(description: dict[str, Any], path: str = "") -> tuple[str, ...]:
@@ -60,16 +66,20 @@ def changes_form(method: TrainingMethod) -> bool:
     return isinstance(method, QAT) or method.trains("lora") or method.trains("qa_lora")
 
 
-def other_view(weight: Weight, method: TrainingMethod, name: str) -> View:
-    """The view of a matrix that is stored in another form afterwards.
+def other_view(weight: Weight, method: TrainingMethod, name: str) -> AnyView:
+    """The view of a weight that is stored in another form afterwards.
 
     Raises:
         ValueError: a group size that does not divide its columns.
     """
-    if isinstance(method, QAT):
-        return latent_view(weight, method)
-    view = lora_view if method.trains("lora") else qa_lora_view
-    return view(weight, method.rank, method.seed, name)
+
+    def of(part: Weight, path: str) -> View:
+        if isinstance(method, QAT):
+            return latent_view(part, method)
+        view = lora_view if method.trains("lora") else qa_lora_view
+        return view(part, method.rank, method.seed, f"{name}/{path}" if path else name)
+
+    return Rounding(weight, of) if weight.quantizes_inputs else of(weight, "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +101,6 @@ class Becoming(LinearMethod):
         """The group size must divide the input features."""
         if isinstance(self.method, QAT):
             resolve_group_size(self.method.group_size, shape[1])
-
-
-def _everything(_: str) -> bool:
-    return True
 
 
 def vectors_of(model: Model, method: TrainingMethod) -> dict[str, Vector]:

@@ -36,7 +36,7 @@ class View(nn.Module):
         super().__init__()
         leaves = dict(leaves or {})
         self._weight, self._dtype = weight, weight.dtype
-        self._held = for_training(_with(weight, {path: _room(weight, path) for path in leaves}))
+        self._held = for_training(replaced(weight, {path: _room(weight, path) for path in leaves}))
         self._paths = tuple(leaves)
         self.leaves = nn.ModuleList(leaves.values())
         inside = {f"{path}.values" if path else "values" for path in leaves}
@@ -61,7 +61,7 @@ class View(nn.Module):
 
     def weight(self) -> Weight:
         """The weight as it has become: of the same kind, or of what its leaves are stored as."""
-        found = _with(
+        found = replaced(
             self._weight, {path: leaf.weight() for path, leaf in zip(self._paths, self._leaves(), strict=True)}
         )
         tensors = found.tensors()
@@ -99,12 +99,12 @@ class _Unpack(torch.autograd.Function):
         return (None, None, None, *(found.get(name) for name in ctx.names))
 
 
-def _with(weight: Weight, parts: Mapping[str, Weight], path: str = "") -> Weight:
-    """The same expression with other weights at these paths."""
+def replaced(weight: Weight, parts: Mapping[str, Weight], path: str = "") -> Weight:
+    """The same expression with other weights at these paths; "" is the whole of it."""
     if path in parts:
         return parts[path]
     before = f"{path}." if path else ""
-    children = {name: _with(child, parts, before + name) for name, child in weight.children().items()}
+    children = {name: replaced(child, parts, before + name) for name, child in weight.children().items()}
     return weight.with_children(children) if children else weight
 
 

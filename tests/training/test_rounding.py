@@ -1,0 +1,129 @@
+"""Models that round their inputs are trained as they run: rounded forwards, straight through backwards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import decoct
+from decoct.engine.compress import Watch
+from decoct.engine.runner import Runner
+from decoct.losses import Batch, Projected
+from decoct.methods.heal.distill import Distill
+from decoct.model import Model, open_model
+from decoct.ops.input_grid import InputGrid
+from decoct.training.network import Student, Teacher
+from decoct.training.objective import objective_of
+from decoct.training.views.choose import vectors_of, views_of
+from decoct.weights import Dense, LowRank, QuantizedInput, Sum
+from tests.engine.running import DATA, RTN, Settings, run
+
+TOKENS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3))
+A8: Settings = {"linear": {"inputs": {"bits": 8}}}
+A4: Settings = {"linear": {"inputs": {"bits": 4}}}
+W8: Settings = {"linear": {"rtn": {"bits": 8, "group_size": "channel"}}}  # multiplies integers
+FORMS: dict[str, tuple[Settings, ...]] = {
+    "dense": (A4,),
+    "integers": (W8, A8),
+    "groups": (RTN, A4),
+    "floats": (RTN, {"linear": {"inputs": {"format": "fp8"}}}),
+    "a fixed scale": (RTN, {"linear": {"inputs": {"bits": 8, "group_size": "tensor"}}}),
+    "features kept": ({"linear": {"llm_int8": {}}},),
+    "factors": ({"linear": {"svd_llm": {"keep": 0.7}}}, A8),
+    "rotated": ({"quarot": {}}, RTN, A4),
+    "a correction": (RTN, A8, {"linear": {"eora": {"rank": 2}}}),
+    "sparse": ({"linear": {"wanda": {"sparsity": 0.5}}}, A8),
+}
+
+
+def settings_of(form: str, *stages: Settings) -> dict[str, Any]:
+    return {"stages": [{"blocks": list(FORMS[form])}, *stages], "data": {**DATA}}
+
+
+def last_states(model: Model) -> torch.Tensor:
+    """What the head reads, by the runner that the engine streams with, float32."""
+    runner = Runner(model, torch.float32)
+    hidden = runner.embed(TOKENS, model.weight(model.family.embed).unpack(torch.float32))
+    for block in range(model.num_blocks):
+        names = [model.prefix(block) + slot.name for slot in model.block_slots]
+        hidden = runner.run(block, runner.lay_out(block, {name: model.weight(name) for name in names}), hidden)
+    return runner.final(hidden).flatten(0, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_student_and_teacher_run_as_the_model_does(form: str, base: Path, tmp_path: Path) -> None:
+    model = open_model(run(base, tmp_path / "out", **settings_of(form)).folder)
+    method = Distill()
+    student = Student(model, views_of(model, method), vectors_of(model, method), torch.float32, recompute=True)
+    wanted = last_states(model)
+    for seen in (student.seen(TOKENS), Teacher(model, torch.float32).seen(TOKENS)):
+        assert isinstance(seen.predictions, Projected)
+        torch.testing.assert_close(seen.predictions.hidden, wanted, rtol=1e-4, atol=1e-4)
+    matrices = student.blocks[0].rounding.members
+    assert len(matrices) == 7
+    student(TOKENS, objective_of("cross_entropy"), None, Batch.of(TOKENS)).backward()
+    trained = [number for matrix in matrices for number in matrix.parameters()]
+    assert trained
+    assert all(number.grad is not None and number.grad.abs().max() > 0 for number in trained)
+
+
+def test_gradients_pass_straight_through() -> None:
+    """By the inputs as if they had not been rounded, by the matrix of what it was really multiplied with."""
+    generator = torch.Generator().manual_seed(0)
+    x, matrix, g = (torch.randn(shape, generator=generator) for shape in ((5, 16), (8, 16), (5, 8)))
+    weight = QuantizedInput.of(Dense.of(matrix), InputGrid("int", 4, "token", True, 1.0))
+    given = x.clone().requires_grad_()
+    out = weight.apply(given)
+    torch.testing.assert_close(out, weight.rounded(x) @ matrix.T)
+    assert not torch.equal(out, x @ matrix.T)
+    out.backward(g)
+    torch.testing.assert_close(given.grad, g @ matrix)
+
+
+@pytest.mark.parametrize("form", ["groups", "rotated", "a correction"])
+def test_healing_keeps_the_form(form: str, base: Path, tmp_path: Path) -> None:
+    before = open_model(run(base, tmp_path / "before", **settings_of(form)).folder)
+    heard: dict[float, list[float]] = {1e-6: [], 3e-3: []}
+    for rate, losses in heard.items():
+        settings: Settings = {"num_steps": 16, "batch_size": 4, "sequence_length": 16, "learning_rate": rate}
+        watch = Watch(event=lambda event, to=losses: to.append(event.loss) if event.loss is not None else None)
+        stages = settings_of(form, {"distill": settings})
+        after = open_model(run(base, tmp_path / f"after {rate}", watch=watch, **stages).folder)
+    assert after.described == before.described
+    name = after.prefix(0) + after.block_slots[0].name
+    old, new = before.weight(name).tensors(), after.weight(name).tensors()
+    changed = {key for key in old if not torch.equal(old[key], new[key])}
+    assert changed
+    assert not any("codes" in key for key in changed)
+    still, healed = (sum(losses[8:]) for losses in heard.values())
+    assert healed < 0.98 * still
+
+
+def test_qat_and_lora_lie_inside(base: Path, tmp_path: Path) -> None:
+    """4-bit weights and 8-bit inputs learned together, and a correction that reads rounded inputs too."""
+    settings: Settings = {"num_steps": 2, "batch_size": 2, "sequence_length": 16}
+    stages: tuple[Settings, ...] = (
+        {"qat": {**settings, "bits": 4, "group_size": 8}},
+        {"distill": {**settings, "train": ["lora"], "rank": 2}},
+    )
+    qat, lora = (
+        open_model(run(base, tmp_path / str(n), **settings_of("dense", stage)).folder) for n, stage in enumerate(stages)
+    )
+    name = qat.prefix(0) + qat.block_slots[0].name
+    weight, corrected = qat.weight(name), lora.weight(name)
+    assert [node.kind for node in weight.walk()] == ["QuantizedInput", "GroupInt"]
+    assert isinstance(corrected, QuantizedInput)
+    assert isinstance(corrected.inner, Sum)
+    assert isinstance(corrected.inner.terms[1], LowRank)
+
+
+def test_a_plan_says_what_comes_of_it(base: Path) -> None:
+    """Bytes of the result, to the byte."""
+    text = {"source": str(base.parent / "text.txt"), **DATA}
+    qat: Settings = {"qat": {"num_steps": 1, "sequence_length": 16, "bits": 4, "group_size": 8}}
+    plain, rounding = (
+        decoct.plan(base, {"stages": [*stages, qat], "data": text}).stages[-1].output_bytes
+        for stages in ([], [{"blocks": [A8]}])
+    )
+    assert plain == rounding
