@@ -128,13 +128,12 @@ ROWS |= {
 }  # fmt: skip
 
 CACHES = ("kivi", "kvquant", "rotated_int4", "fp8_cache")
-BEFORE = ", positive scales"  # rows measured before symmetric grids could have negative scales
 LOW_BITS = ("billm", "pb_llm", "ternary", "onebit")
 
 
 def kind(row: dict[str, Any]) -> str:
     """The table of bench/quantization.md that a row belongs to."""
-    name = row["row"].removesuffix(BEFORE)
+    name = row["row"]
     method = name.split(" ")[0]
     if row["protocol"] == "standard":
         return "standard"

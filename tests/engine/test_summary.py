@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from decoct.console import Console
 from decoct.engine.summary import outlying_blocks
 from decoct.store import save_safetensors
-from tests.engine.running import make_base, run
+from tests.engine.running import GPTQ, make_base, run
 
 
 def parts(*errors: float, nbytes: int = 1000) -> list[dict[str, Any]]:
@@ -34,6 +34,19 @@ def test_blocks_in_other_bits_are_not_compared() -> None:
     mixed = parts(0.01, 0.01, 0.2, 0.01, 0.01)
     mixed[2]["nbytes"] = 500
     assert outlying_blocks(mixed) == {}
+
+
+def test_squares_that_float32_cannot_hold_are_no_nan(tmp_path: Path) -> None:
+    """A block whose outputs are huge, but finite, has an error like any other."""
+    base = make_base(tmp_path)
+    path = next(base.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(key for key in tensors if "layers.1." in key and "down_proj" in key)
+    tensors[name] *= 1e25
+    save_safetensors(path, tensors)
+    errors = run(base, tmp_path / "out", GPTQ).errors
+    assert all(0 <= error < 1 for error in errors.values())
+    assert errors["block 1"] > 1e-4
 
 
 def test_the_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

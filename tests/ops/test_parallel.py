@@ -56,6 +56,26 @@ def fill(target: torch.Tensor) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_pieces_within_pieces_do_not_wait_for_each_other() -> None:
+    """And torch starts no threads of its own within a piece."""
+    seen, numbers = torch.zeros(1024, dtype=torch.int32), []
+
+    def inner(part: slice, start: int) -> None:
+        numbers.append(torch.get_num_threads())
+        seen[start + part.start : start + part.stop] += 1
+
+    def outer(part: slice) -> None:
+        each_piece(lambda each: inner(each, part.start), part.stop - part.start, 1 << 12)
+
+    caller = Thread(target=lambda: each_piece(outer, 1024, 1 << 12), daemon=True)
+    caller.start()
+    caller.join(60)
+    assert not caller.is_alive()
+    assert bool((seen == 1).all())
+    assert set(numbers) == {1}
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_tensors_of_inference_mode_can_be_written() -> None:
     with torch.inference_mode():
         made = torch.zeros(1024, 1024)

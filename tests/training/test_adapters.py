@@ -10,7 +10,8 @@ import decoct
 from decoct.methods.prune.distilbert import DistilBERT
 from decoct.model import open_model
 from decoct.samples import Mixer, Source
-from decoct.training.views.adapter import ZeroPointLeaf, lora_view
+from decoct.training.views.adapter import ZeroPointLeaf, with_lora
+from decoct.training.views.view import View
 from decoct.weights import Dense, GroupInt
 from tests.engine.running import GPTQ, RTN, Crash, Settings, digests, make_base, run
 from tests.training.test_distill import stop_after
@@ -22,7 +23,8 @@ SHORT: Settings = {"num_steps": 4, "batch_size": 2, "sequence_length": 16}
 @pytest.mark.parametrize("name", ["masked", "sum"])
 def test_a_term_beside_any_weight(name: str) -> None:
     weight = next(each for key, each in samples().items() if name in key)
-    view = lora_view(weight, 2, 0, "x")
+    corrected, inside = with_lora(weight, 2, 0, "x")
+    view = View(corrected, chosen=lambda name: name.startswith(inside))
     before = weight.unpack(torch.float32)
     torch.testing.assert_close(view(torch.float32).detach(), before, rtol=1e-2, atol=1e-2)
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))

@@ -27,6 +27,7 @@ from decoct.engine.write import shard_name, write_shard
 from decoct.methods import BlockMethod, EdgeScaling, GainRefit, Rotation
 from decoct.methods.experts import ExpertStat
 from decoct.model import Model
+from decoct.ops.distance import squared_distance
 from decoct.weights import Weight
 
 _COMPARED = 8  # sequences whose block outputs are kept to measure the error
@@ -218,7 +219,7 @@ class _Streamer:
 
     def _gather(
         self, block: int, laid: LaidOut, states: Activations, answers: ExpertStat | None
-    ) -> tuple[Gathered, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Gathered, list[tuple[Tensor, float]]]:
         """Run the block as it is: statistics of its inputs, and some outputs to compare with later.
 
         The second chain, of the model as it was, takes the same step: its outputs are the next block's inputs there.
@@ -227,7 +228,7 @@ class _Streamer:
         assert runner is not None
         slots = {self._model.prefix(block) + slot.name: slot for slot in self._model.block_slots}
         wanted = self._wanted(slots)
-        references: list[tuple[Tensor, Tensor]] = []
+        references: list[tuple[Tensor, float]] = []
         module = runner.skeleton.blocks[block]
         reference = self._reference
         if reference is not None:
@@ -248,14 +249,12 @@ class _Streamer:
                     recorder.weights = self._todo.guidance.read(block, start, stop)
                 y = runner.run(block, laid, x)
                 if not enough:
-                    references.append((y, (y.float() - x.float()).square().sum()))
+                    references.append((y, squared_distance(y, x)))
         if reference is not None:
             reference.commit(block + 1)
         return recorder.stats, references
 
-    def _advance(
-        self, block: int, laid: LaidOut, states: Activations, references: list[tuple[Tensor, Tensor]]
-    ) -> float:
+    def _advance(self, block: int, laid: LaidOut, states: Activations, references: list[tuple[Tensor, float]]) -> float:
         """Run the compressed block; its outputs become the next one's inputs. Gives the relative squared error."""
         runner = self._after
         assert runner is not None
@@ -269,8 +268,8 @@ class _Streamer:
                 )
             if number < len(references):
                 reference, update = references[number]
-                lost += float((y.float() - reference.float()).square().sum())
-                moved += float(update)
+                lost += squared_distance(y, reference)
+                moved += update
             states.write(start, y)
         self._commit(states, block + 1)
         return lost / moved if moved else 0.0
@@ -388,6 +387,6 @@ def _weight_error(pairs: list[tuple[Weight, Weight]]) -> float:
     for before, after in pairs:
         rows = slice(0, _SAMPLED_ROWS)
         w = before.unpack_rows(rows, torch.float32)
-        lost += float((after.unpack_rows(rows, torch.float32) - w).square().sum())
-        size += float(w.square().sum())
+        lost += squared_distance(after.unpack_rows(rows, torch.float32), w)
+        size += squared_distance(w, torch.zeros(()))
     return lost / size if size else 0.0

@@ -91,7 +91,7 @@ def read_result(folder: Path) -> Result:
         seconds=summary["seconds"],
         peak_bytes=summary["peak_bytes"],
         errors=errors,
-        outlying=outlying_blocks(last),
+        outlying=dict(item for parts in streamed for item in outlying_blocks(parts).items()),
         losses=tuple(step["loss"] for step in tuned[-1]) if tuned else (),
         starved=tuple(dict.fromkeys(starved)),
     )

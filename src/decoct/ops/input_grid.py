@@ -5,6 +5,7 @@ extremes alone. An integer stands for `(code - zero) * scale`, a floating-point 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -135,7 +136,19 @@ def round_inputs(
     found = values.flatten(-2).to(x.dtype)
     if kept is not None:
         found[..., kept] = x.detach()[..., kept]
-    return x + (found - x).detach() if x.requires_grad else found
+    return _StraightThrough.apply(x, found) if x.requires_grad else found  # type: ignore[no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounded inputs, exactly; their gradient is that of the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004 - torch's signature
+        return grads[0], None
 
 
 def integer_inputs(

@@ -11,12 +11,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from threading import Barrier
+from threading import Barrier, local
 
 import torch
 
 _AT_ONCE = 1 << 19  # entries of one piece: they fit the cache, and outlast a turn of the interpreter lock
 _WORTH_A_THREAD = 1 << 16  # entries that take longer than waking a thread
+
+
+class _Here(local):
+    """What a thread knows of itself: whether it is one of a pool's."""
+
+    works = False
+
+
+_here = _Here()
 
 
 def each_piece(work: Callable[[slice], None], rows: int, cols: int, device: torch.device | None = None) -> None:
@@ -31,7 +40,9 @@ def each_piece(work: Callable[[slice], None], rows: int, cols: int, device: torc
     if device is not None and device.type != "cpu":
         work(slice(0, rows))
         return
-    threads = min(torch.get_num_threads(), max(1, rows * cols // _WORTH_A_THREAD))
+    # Within a piece there is no second team: its tasks would wait behind the very ones that wait for them.
+    most = 1 if _here.works else torch.get_num_threads()
+    threads = min(most, max(1, rows * cols // _WORTH_A_THREAD))
     count = min(rows, threads * -(-rows * cols // (_AT_ONCE * threads)))  # a multiple, so that all end together
     edges = [rows * n // max(1, count) for n in range(count + 1)]
     pieces = [slice(start, stop) for start, stop in pairwise(edges)]
@@ -57,6 +68,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     wanted, ready = torch.get_num_threads(), Barrier(threads + 1)
 
     def start() -> None:
+        _here.works = True
+        torch.get_num_threads()  # a thread's first use of this takes the latest setting of all; then it has its own
         torch.set_num_threads(1)
         ready.wait()
 

@@ -72,17 +72,23 @@ class Lessons:
         return [row[: begin + 1] for row, begin in zip(tokens.tolist(), first.tolist(), strict=True)]
 
 
-def check_lessons(method: TrainingMethod, objective: Objective) -> None:
+def check_lessons(method: TrainingMethod, objective: Objective, *, rounds_inputs: bool) -> None:
     """Refuse losses that learn from other texts than they would get.
 
     Raises:
-        ValueError: MiniLLM's, without texts of the student alone; a teacher that was kept on disk, with them.
+        ValueError: MiniLLM's, without texts of the student alone; a teacher that was kept on disk, with them; a student
+            that rounds its inputs, which it would not do while it writes.
     """
     if num_processes() > 1 and (method.replay or method.keep_teacher):
         raise ValueError("replay and keep_teacher need one process; set them to 0, or start one process")
     if method.student_writes and method.keep_teacher:
         raise ValueError(
             "keep_teacher knows the text alone, not what the student writes; set on_policy and replay to 0"
+        )
+    if method.student_writes and rounds_inputs:
+        raise ValueError(
+            "the student rounds its inputs, but would write its texts without; set on_policy and replay to 0, or round "
+            "inputs in a blocks stage after this one"
         )
     for loss in objective.predicting:
         if isinstance(loss, MiniLLM) and (method.on_policy < 1 or loss.teacher_share > 0):

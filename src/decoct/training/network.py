@@ -19,6 +19,7 @@ from decoct.training.inside import Insides, Noting, Place, Seen
 from decoct.training.keep import StraightThrough
 from decoct.training.objective import Objective
 from decoct.training.views import AnyView, Rounding, Vector, View
+from decoct.training.views.rounding import in_dtype
 
 
 class Named(nn.Module):
@@ -32,7 +33,8 @@ class Named(nn.Module):
     @override
     def forward(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """All of them, in `dtype`."""
-        return {name: member(dtype) for name, member in zip(self.names, self.members, strict=True)}
+        with torch.autocast("cpu", enabled=False):  # they are made of their parts as without training
+            return {name: member(dtype) for name, member in zip(self.names, self.members, strict=True)}
 
 
 class TrainedBlock(nn.Module):
@@ -51,9 +53,10 @@ class TrainedBlock(nn.Module):
         super().__init__()
         self._runner, self._noting, self._block, self._dtype = runner, noting, block, dtype
         self._cache = cache
-        self._rounding = {name: view for name, view in views.items() if isinstance(view, Rounding)}
         self.matrices = Named({name: view for name, view in views.items() if isinstance(view, View)})
-        self.rounding, self.vectors = Named(self._rounding), Named(vectors)
+        self._rounding = {name: view for name, view in views.items() if isinstance(view, Rounding)}
+        self.rounding = nn.ModuleList(self._rounding.values())
+        self.vectors = Named(vectors)
         model = runner.model
         self._fixed = {name: model.tensor(name).float() for name in model.others(block) if name not in vectors}
 
@@ -61,7 +64,8 @@ class TrainedBlock(nn.Module):
     def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> tuple[Tensor, ...]:
         """The block's output, and what is wanted of its inside."""
         given = {**self.matrices(self._dtype), **self.vectors(torch.float32), **self._fixed}
-        products = {name: view.product(self._dtype) for name, view in self._rounding.items()}
+        with torch.autocast("cpu", enabled=False):
+            products = {name: view.product(self._dtype) for name, view in self._rounding.items()}
         laid = self._runner.lay_out_given(self._block, given, products)
         return self._noting.run(self._block, laid, hidden, self._cache)
 
@@ -189,7 +193,7 @@ class Teacher:
         model = self._model
         names = [model.prefix(block) + slot.name for slot in model.block_slots]
         weights = {name: model.weight(name) for name in names}
-        products = products_of(weights, self._dtype)
+        products = {name: in_dtype(each, self._dtype) for name, each in products_of(weights, self._dtype).items()}
         given = {name: weight.unpack(self._dtype) for name, weight in weights.items() if name not in products}
         given |= {name: model.tensor(name).float() for name in model.others(block)}
         return self._runner.lay_out_given(block, given, products)

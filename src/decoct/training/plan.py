@@ -17,7 +17,7 @@ from decoct.methods.training import TrainingMethod
 from decoct.model import Model
 from decoct.training.text import TEACHER, length_of, source_of
 from decoct.training.views.choose import changes_form, corrections, is_end, vector_names
-from decoct.weights import Shared, described_kinds, tensor_specs
+from decoct.weights import QuantizedInput, Shared, described_kinds, tensor_specs
 
 _MARGIN = 1.2  # gradients of many sizes come and go, so more lies scattered than in a streamed pass
 _STATE_BYTES = 4 * 4  # of each trained number, float32: its value, its gradient, two moments
@@ -66,6 +66,11 @@ def numbers_of(before: Before, method: TrainingMethod) -> Numbers:
     made = before.plans[-1] if before.plans else None
     output = model.nbytes if made is None else made.output_bytes
     return Numbers(trained, output + (0 if made is None else made.unpacked_bytes), output, reals)
+
+
+def rounds_inputs(before: Before) -> bool:
+    """Whether any weight that the stage will find rounds its inputs."""
+    return any(QuantizedInput.kind in described_kinds(each) for each in _described(before).values())
 
 
 def _described(before: Before) -> Mapping[str, dict[str, Any]]:

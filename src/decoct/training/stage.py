@@ -24,7 +24,7 @@ from decoct.training.lessons import check_lessons
 from decoct.training.loop import Trainer, Training, read_progress
 from decoct.training.network import Student, Teacher
 from decoct.training.objective import objective_of
-from decoct.training.plan import numbers_of, plan_training
+from decoct.training.plan import numbers_of, plan_training, rounds_inputs
 from decoct.training.processes import said_by_first
 from decoct.training.teachers import kept_teacher, predicting, settled, teach_of, teachers_of
 from decoct.training.text import TEACHER, length_of, read_text, source_of
@@ -48,7 +48,7 @@ class TrainStage(OwnStage):
     @override
     def plan(self, before: Before) -> Plan:
         objective = objective_of(self.method.loss)
-        check_lessons(self.method, objective)
+        check_lessons(self.method, objective, rounds_inputs=rounds_inputs(before))
         taught = objective.needs_teacher or source_of(self.method, before.data) == TEACHER
         teachers = teachers_of(self.method, before.original) if taught else ()
         numbers = numbers_of(before, self.method)

@@ -1,7 +1,7 @@
 """QuantizedInput: another weight, whose inputs are rounded to a few bits before they are multiplied with it."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -108,8 +108,7 @@ class QuantizedInput(Weight):
     def apply(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         if self.multiplies_integers and not x.requires_grad and x.device.type == "cpu":
             return self._integer_product(x)
-        rounded: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
-        return self.inner.apply(rounded)
+        return self.inner.apply(self.rounded(x))
 
     @override
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -127,18 +126,6 @@ class QuantizedInput(Weight):
         weights = (inner.unpack_codes() - 2 ** (inner.bits - 1)).view(torch.int8)  # bytes below zero wrap around
         sums = torch._int_mm(codes, weights.T)  # noqa: SLF001 - torch's only product of int8 with int32 sums
         return sums.float().mul_(step).mul_(inner.scale.float().T).to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Inputs as a weight rounds them; their gradient is that of the rounded ones."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedInput) -> Tensor:  # noqa: ARG004 - torch's signature
-        return weight.rounded(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004 - torch's signature
-        return grads[0], None
 
 
 def ready(weight: Weight, dtype: torch.dtype) -> Weight:

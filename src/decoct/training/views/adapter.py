@@ -16,8 +16,10 @@ from decoct.training.views.view import View
 from decoct.weights import Dense, GroupInt, LowRank, Sum, Weight
 
 
-def lora_view(weight: Weight, rank: int, seed: int, name: str) -> View:
-    """A weight as it is, and beside it a product of two thin matrices, which alone is trained; zero at first.
+def with_lora(weight: Weight, rank: int, seed: int, name: str) -> tuple[Sum, tuple[str]]:
+    """A weight as it is, and beside it a product of two thin matrices, zero at first; and how names in that begin.
+
+    It reads the inputs as they come, also where the weight rounds them.
 
     Args:
         weight: stays.
@@ -29,8 +31,7 @@ def lora_view(weight: Weight, rank: int, seed: int, name: str) -> View:
     left = torch.zeros(weight.shape[0], rank, dtype=weight.dtype)
     term = LowRank.of(Dense.of(left), Dense.of(_start(rank, weight.shape[1], seed, name).to(weight.dtype)))
     terms = weight.terms if isinstance(weight, Sum) else (weight,)
-    mine = f"terms.{len(terms)}."
-    return View(Sum.of(*terms, term), chosen=lambda name: name.startswith(mine))
+    return Sum.of(*terms, term), (f"terms.{len(terms)}.",)
 
 
 def qa_lora_view(weight: Weight, rank: int, seed: int, name: str) -> View:

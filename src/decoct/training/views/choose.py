@@ -11,7 +11,7 @@ from decoct.methods.training import TrainingMethod
 from decoct.model import Model
 from decoct.ops.grid import resolve_group_size
 from decoct.training.views import AnyView
-from decoct.training.views.adapter import lora_view, qa_lora_view
+from decoct.training.views.adapter import qa_lora_view, with_lora
 from decoct.training.views.latent import latent_view
 from decoct.training.views.rounding import Rounding
 from decoct.training.views.vector import Vector
@@ -39,12 +39,18 @@ def _view(weight: Weight, method: TrainingMethod, *, end: bool) -> AnyView:
     """The view of a weight that keeps its form."""
     everything = method.trains("ends" if end else "matrices")
     inside = ("",) if everything else corrections(describe(weight)) if method.trains("corrections") else ()
+    return view_of_some(weight, inside)
 
-    def of(part: Weight, path: str) -> View:
-        before = f"{path}." if path else ""
-        return View(part, chosen=lambda name: (before + name).startswith(inside))
 
-    return Rounding(weight, of) if weight.quantizes_inputs else of(weight, "")
+def view_of_some(weight: Weight, inside: tuple[str, ...]) -> AnyView:
+    """The view in which those stored numbers are trained whose names begin with one of these."""
+    if not weight.quantizes_inputs:
+        return View(weight, chosen=lambda name: name.startswith(inside))
+    return Rounding(
+        weight,
+        lambda part, path: View(part, chosen=lambda name: f"{path}.{name}".startswith(inside)),
+        lambda name: name.startswith(inside),
+    )
 
 
 def corrections(description: dict[str, Any], path: str = "") -> tuple[str, ...]:
@@ -72,14 +78,15 @@ def other_view(weight: Weight, method: TrainingMethod, name: str) -> AnyView:
     Raises:
         ValueError: a group size that does not divide its columns.
     """
+    if method.trains("lora"):
+        return view_of_some(*with_lora(weight, method.rank, method.seed, name))
 
     def of(part: Weight, path: str) -> View:
         if isinstance(method, QAT):
             return latent_view(part, method)
-        view = lora_view if method.trains("lora") else qa_lora_view
-        return view(part, method.rank, method.seed, f"{name}/{path}" if path else name)
+        return qa_lora_view(part, method.rank, method.seed, f"{name}/{path}" if path else name)
 
-    return Rounding(weight, of) if weight.quantizes_inputs else of(weight, "")
+    return Rounding(weight, of, lambda _: isinstance(method, QAT)) if weight.quantizes_inputs else of(weight, "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

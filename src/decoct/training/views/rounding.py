@@ -9,63 +9,81 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
+from decoct.arch.hf import Product
+from decoct.training.views.size import typical_size
 from decoct.training.views.view import View, replaced
-from decoct.weights import Weight
+from decoct.weights import Trellis, Weight, trainable
 
 
 class Rounding(nn.Module):
-    """Views of the parts of a weight that round no inputs themselves; what lies around these parts stays.
+    """Views of the parts of a weight that round no inputs themselves, and the numbers around these parts.
 
     Gradients pass the rounding of inputs as if it were not there.
     """
 
-    def __init__(self, weight: Weight, view: Callable[[Weight, str], View]) -> None:
+    def __init__(
+        self,
+        weight: Weight,
+        view: Callable[[Weight, str], View],
+        chosen: Callable[[str], bool] = lambda _: True,
+    ) -> None:
         """Look at a weight that rounds its inputs.
 
         Args:
             weight: any such expression.
             view: of a part, given also its path.
+            chosen: whether to train a number around the parts, by its name in `trainable(weight)`.
         """
         super().__init__()
         parts = dict(_parts(weight))
-        self._weight, self._paths = weight, tuple(parts)
-        self._views = tuple(view(part, path) for path, part in parts.items())
+        self._weight = weight
+        # Trellises take long to decode, and the scales around them say the same as their own.
+        self._fixed = {path: part.unpack() for path, part in parts.items() if isinstance(part, Trellis)}
+        self._paths = tuple(path for path in parts if path not in self._fixed)
+        self._views = tuple(view(parts[path], path) for path in self._paths)
         self.parts = nn.ModuleList(self._views)
+        inside = tuple(f"{path}." for path in parts)
+        around = {name: t for name, t in trainable(weight).items() if not name.startswith(inside) and chosen(name)}
+        self._names = tuple(around)
+        self.reals = nn.ParameterList([nn.Parameter(tensor.float()) for tensor in around.values()])
 
     @property
     def empty(self) -> bool:
         """Whether nothing of the weight is trained."""
-        return all(view.empty for view in self._views)
+        return not self._names and all(view.empty for view in self._views)
 
     @override
     def forward(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The matrix alone, in `dtype`."""
         return self._living(dtype).unpack(dtype)
 
-    def product(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def product(self, dtype: torch.dtype) -> Product:
         """What the weight makes of inputs [*tokens, in], in `dtype`; gradients flow to inputs and parameters."""
-        living = self._living(dtype)
-
-        def of(x: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, enabled=False):  # rotations stay float32, as without training
-                return living.apply(x.to(dtype))
-
-        return of
+        return in_dtype(self._living(dtype).apply, dtype)
 
     def weight(self) -> Weight:
         """The weight as it has become."""
         became = {path: view.weight() for path, view in zip(self._paths, self._views, strict=True)}
-        return replaced(self._weight, became)
+        return self._with_reals(replaced(self._weight, became), [real.detach() for real in self.reals])
 
     def units(self) -> list[tuple[nn.Parameter, float]]:
         """Every parameter, and the size of its entries."""
-        return [unit for view in self._views for unit in view.units()]
+        own = [(real, typical_size(real.detach())) for real in self.reals]
+        return [*own, *(unit for view in self._views for unit in view.units())]
 
     def _living(self, dtype: torch.dtype) -> Weight:
         """The weight with matrices to which gradients flow."""
-        matrices = (view(dtype) for view in self._views)
-        living = {path: _Living(_shape(m), dtype, m) for path, m in zip(self._paths, matrices, strict=True)}
-        return replaced(self._weight, living)
+        matrices = {path: view(dtype) for path, view in zip(self._paths, self._views, strict=True)}
+        matrices |= {path: matrix.to(dtype) for path, matrix in self._fixed.items()}
+        living = {path: _Living((m.shape[0], m.shape[1]), dtype, m) for path, m in matrices.items()}
+        return self._with_reals(replaced(self._weight, living), list(self.reals))
+
+    def _with_reals(self, weight: Weight, reals: list[Tensor]) -> Weight:
+        """With these numbers around the parts, in the dtypes that they are stored in."""
+        tensors = weight.tensors()
+        for name, real in zip(self._names, reals, strict=True):
+            tensors[name] = real.to(tensors[name].dtype)
+        return weight.with_tensors(tensors)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,8 +98,14 @@ class _Living(Weight):
         return self.values.to(dtype or self.dtype)
 
 
-def _shape(matrix: Tensor) -> tuple[int, int]:
-    return matrix.shape[0], matrix.shape[1]
+def in_dtype(product: Product, dtype: torch.dtype) -> Product:
+    """A product as it is without training: of inputs in `dtype`, its rotations in float32 whatever autocast says."""
+
+    def of(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x.to(dtype))
+
+    return of
 
 
 def _parts(weight: Weight, path: str = "") -> Iterator[tuple[str, Weight]]:
