@@ -62,6 +62,11 @@ ROWS: Rows = {
     "gptq, then block_ap 2 bit, zero points, standard": (
         "standard", steps({"linear": {"gptq": {**grid(2), "symmetric": False}}}, {"block_ap": {}})
     ),
+    "gptq, then block_ap 2 bit, standard": ("standard", steps({"linear": {"gptq": grid(2)}}, {"block_ap": {}})),
+    "gptq, then block_ap, then e2e_qp 2 bit, standard": (
+        "standard", then_tuned(steps({"linear": {"gptq": grid(2)}}, {"block_ap": {}}))
+    ),
+    "qtip 2 bit, then e2e_qp, standard": ("standard", then_tuned(qtip(2))),
     # Inputs rounded as well. Token by token, symmetric, where nothing else is said.
     "w8a8": ("quick", inputs(RTN8, bits=8)),
     "smoothquant w8a8": ("quick", inputs([{"smoothquant": {"alpha": 0.5}}, *RTN8], bits=8)),
