@@ -28,7 +28,7 @@ def training(tokens: int = TOKENS, **more: Any) -> dict[str, Any]:
         "batch_size": 4,
         "sequence_length": 512,
         "evaluate_every": 25,
-        "recompute": False,  # 5.2 GiB at the peak; 3.4 with it, and an eighth more time
+        "recompute": False,  # 5.2 GiB at the peak; 3.4 with it, and about a tenth more time
         **more,
     }
 

@@ -1,5 +1,6 @@
 """What stands out in a run is reported by name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from decoct.console import Console
-from decoct.engine.summary import outlying_blocks
-from decoct.store import save_safetensors
-from tests.engine.running import GPTQ, make_base, run
+from decoct.engine.summary import outlying_blocks, read_result
+from decoct.store import RUN_SUMMARY, save_safetensors
+from tests.engine.running import GPTQ, RTN, make_base, run
 
 
 def parts(*errors: float, nbytes: int = 1000) -> list[dict[str, Any]]:
@@ -65,3 +66,16 @@ def test_the_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     shown = " ".join(capsys.readouterr().err.split())
     assert "warning: block 1 has an error of" in shown
     assert 'match: "1.*"' in shown
+
+
+def test_every_streamed_stage_counts(tmp_path: Path) -> None:
+    """A block that stood out in an earlier stage is named though a later one did no harm to it."""
+    folder = run(make_base(tmp_path), tmp_path / "out", RTN).folder
+    summary = json.loads((folder / RUN_SUMMARY).read_text())
+    shared = {"seconds": 0.0, "starved": []}
+    stages = [
+        {"stage": "blocks", "steps": [], "parts": [{**part, **shared} for part in parts(*errors)]}
+        for errors in ((0.01, 0.2, 0.01), (0.01, 0.01, 0.01))
+    ]
+    (folder / RUN_SUMMARY).write_text(json.dumps({**summary, "stages": stages}))
+    assert list(read_result(folder).outlying) == ["block 1"]
