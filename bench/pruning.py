@@ -26,14 +26,14 @@ ROWS: Rows = {
     "width 20 %, ziplm": ("standard", width("ziplm", 0.8)),
     "depth 4, sleb": ("standard", depth("sleb", 4)),
     "depth 4, sleb, bridge": ("standard", depth("sleb", 4, bridge=True)),
-    **{f"depth {n}, {m}": ("quick", depth(m, n)) for n in (2, 4, 8) for m in DEPTH if (m, n) != ("sleb", 4)},
-    **{f"depth {n}, sleb, bridge": ("quick", depth("sleb", n, bridge=True)) for n in (2, 8)},
-    "depth 7, sleb": ("quick", depth("sleb", 7)),
-    "depth 7, shortgpt": ("quick", depth("shortgpt", 7)),
+    **{f"depth 4, {m}": ("quick", depth(m, 4)) for m in DEPTH if m != "sleb"},
+    **{f"depth {n}, {m}": ("quick", depth(m, n)) for n in (2, 7, 8) for m in ("shortgpt", "sleb")},
+    "depth 8, sleb, bridge": ("quick", depth("sleb", 8, bridge=True)),
+    **{f"width 20 %, {m}, quick": ("quick", width(m, 0.8)) for m in WIDTH},
     **{
         f"width {round(100 - 100 * keep)} %, {m}, quick": ("quick", width(m, keep))
-        for keep in (0.9, 0.8, 0.7)
-        for m in WIDTH
+        for keep in (0.9, 0.7)
+        for m in ("magnitude_width", "flap", "ziplm")
     },
     **{f"width 20 %, {m}, refitted": ("quick", width(m, 0.8, reconstruct=True)) for m in ("magnitude_width", "flap")},
     **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
@@ -41,25 +41,24 @@ ROWS: Rows = {
     **{
         f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))
         for percent in (10, 30, 50, 60, 70)
-        for m in SINGLE
+        for m in (SINGLE if percent >= 50 else ("magnitude", "wanda", "sparsegpt"))
     },
     **{
         f"{m} 70 %, owl": ("quick", linear({m: {"sparsity": 0.7, "owl": 0.08}})) for m in ("wanda", "sparsegpt", "alps")
     },
     **{
-        f"{m} {percent} %, norms": (
-            "quick",
-            [{"blocks": [{"linear": {m: {"sparsity": percent / 100}}}, {"norm_tweaking": {}}]}],
-        )
-        for percent in (50, 60)
+        f"{m} 60 %, norms": ("quick", [{"blocks": [{"linear": {m: {"sparsity": 0.6}}}, {"norm_tweaking": {}}]}])
         for m in ("wanda", "sparsegpt")
     },
     **{
         f"{m} {percent} %, searched": ("quick", linear({m: {"sparsity": percent / 100}}), {"sparsity": percent / 100})
-        for percent in (60, 70)
-        for m in ("wanda", "sparsegpt")
+        for percent, m in ((60, "sparsegpt"), (70, "wanda"), (70, "sparsegpt"))
     },
-    **{f"{m} {n}:{k}": ("quick", linear({m: {"n": n, "m": k}})) for n, k in ((2, 4), (4, 8)) for m in SINGLE},
+    **{
+        f"{m} {n}:{k}": ("quick", linear({m: {"n": n, "m": k}}))
+        for n, k in ((2, 4), (4, 8))
+        for m in (SINGLE if k == 4 else ("magnitude", "wanda", "sparsegpt"))
+    },
 }
 
 

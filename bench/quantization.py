@@ -4,8 +4,10 @@ usage: quantization.py --model TESTBED --calibration c4.utf8 --text wiki.test.ra
 """
 
 import re
+from importlib.resources import files
 from typing import Any
 
+import yaml
 from rows import HERE, Rows, Stages, fill, linear
 
 
@@ -43,6 +45,11 @@ def inputs(first: list[dict[str, Any]], **settings: Any) -> Stages:
 def cache(**policy: Any) -> Stages:
     """Weights as they are."""
     return [{"cache": policy}]
+
+
+def preset(name: str) -> Stages:
+    """What a preset of decoct does, but for its calibration text."""
+    return list(yaml.safe_load(files("decoct").joinpath("recipes", f"{name}.yaml").read_text())["stages"])
 
 
 UNIFORM = {"window": 0, "levels": "uniform", "outliers": 0}
@@ -132,6 +139,15 @@ ROWS |= {
     "onebit": ("quick", linear({"onebit": {}})),
 }  # fmt: skip
 
+for name in ("w8", "w4", "w4-autoround", "w4-best", "w3", "w3-best", "w2-best", "ternary", "w8a8", "w4a4kv4", "kv4"):
+    ROWS |= {f"preset {name}": ("quick", preset(name))}
+for b in (8, 6, 4, 3):
+    both = [
+        {"match": ["embed", "lm_head"], "rtn": {"bits": b, "group_size": 64}},
+        {"match": "*", "gptq": grid(4)},
+    ]
+    ROWS |= {f"gptq 4 bit, embedding {b} bit": ("quick", linear(both))}
+
 CACHES = ("kivi", "kvquant", "rotated_int4", "fp8_cache")
 LOW_BITS = ("billm", "pb_llm", "ternary", "onebit")
 
@@ -142,6 +158,10 @@ def kind(row: dict[str, Any]) -> str:
     method = name.split(" ")[0]
     if row["protocol"] == "standard":
         return "standard"
+    if method == "preset":
+        return "presets"
+    if "embedding" in name:
+        return "embeddings"
     if method in CACHES:
         return "caches"
     if method in LOW_BITS:

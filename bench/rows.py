@@ -125,17 +125,23 @@ def machine() -> str:
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    """Markdown; bits of cached values where the rows are about them."""
+    """Markdown; where the rows are about cached values, their bits and the bytes that a token takes in all layers."""
     caches = all("cache_bits" in row for row in measured)
-    bits = "bits a cached value" if caches else "bits per weight"
+    bits = "bits a cached value | bytes a token" if caches else "bits per weight"
     head = f"| | perplexity | mean KL | KL 99 % | top-1 | {bits} | seconds | peak memory |"
+
+    def size(row: dict[str, Any]) -> str:
+        return (
+            f"{row['cache_bits']:.2f} | {row['cache_token_bytes']:.0f}" if caches else f"{row['bits_per_weight']:.2f}"
+        )
+
     lines = [
         f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
-        f"| {100 * row['top1_agreement']:.1f} % | {row['cache_bits' if caches else 'bits_per_weight']:.2f} "
-        f"| {row['seconds']:.0f}{'*' * (row.get('threads') == 1)}{'' if 'machine' in row else '°'} | {row['peak_bytes'] / 2**20:.0f} MiB |"
+        f"| {100 * row['top1_agreement']:.1f} % | {size(row)} | {row['seconds']:.0f}{'*' * (row.get('threads') == 1)}"
+        f"{'' if 'machine' in row else '°'} | {row['peak_bytes'] / 2**20:.0f} MiB |"
         for row in measured
     ]
-    return "\n".join([head, "|---" * 8 + "|", *lines])
+    return "\n".join([head, "|---" * head.count(" | ") + "|---|", *lines])
 
 
 def write_tables(page: Path, tables: Mapping[str, str]) -> None:
