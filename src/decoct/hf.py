@@ -278,11 +278,10 @@ class TransformersNetwork:
         if feed.seat not in self._caches:
             plain = self._model.cache is None
             self._caches[feed.seat] = DynamicCache(config=self._network.config) if plain else make_cache(self._model)
-        out = self._network(
-            torch.tensor([list(feed.tokens)]), past_key_values=self._caches[feed.seat], use_cache=True, logits_to_keep=1
-        )
+        tokens = torch.tensor([list(feed.tokens)], device=self._network.device)
+        out = self._network(tokens, past_key_values=self._caches[feed.seat], use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[0, -1].float()
-        return logits
+        return logits.cpu()
 
 
 def load(model: "str | Path | Model", dtype: torch.dtype | None = None) -> Any:
@@ -304,13 +303,19 @@ def load(model: "str | Path | Model", dtype: torch.dtype | None = None) -> Any:
     return network
 
 
-def load_whole(model: Model, dtype: torch.dtype | None = None) -> Any:
-    """A checkpoint as transformers' own model, packed weights packed; `dtype` None: the model's own."""
-    source, wanted = model.source, dtype or model.dtype
+def load_whole(model: Model, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+    """A checkpoint as transformers' own model, packed weights packed.
+
+    Args:
+        model: what to load.
+        dtype: of hidden states; None: the model's own.
+        device: that everything is put on, as torch names it; None: the CPU.
+    """
+    source, wanted = model.source, {"dtype": dtype or model.dtype, "device_map": device}
     if isinstance(source, GgufSource):
-        return AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, dtype=wanted)
+        return AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, **wanted)
     assert isinstance(source, FolderSource)
-    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted, experts_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(source.folder, experts_implementation="eager", **wanted)
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

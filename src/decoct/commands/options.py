@@ -8,8 +8,8 @@ EngineOption = Annotated[
     str,
     typer.Option(
         "--engine",
-        help="decoct, decoct-int8 (prompts rounded to 8 bits: read faster), transformers, llama.cpp, onnxruntime or "
-        "openvino.",
+        help="decoct, decoct-int8 (prompts rounded to 8 bits: read faster), transformers, cuda (transformers on a "
+        "GPU), llama.cpp, onnxruntime or openvino.",
     ),
 ]
 ContextOption = Annotated[

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from decoct.runtime.kernels import Part, linear
+from decoct.runtime.kernels.gpu import available, linear_on_gpu
 from decoct.weights import Dense, Weight
 
 
@@ -71,9 +72,12 @@ class PackedLinear(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         weight = self.packed.expression()
-        if not weight.quantizes_inputs:
+        if available(x.device):
+            product = linear_on_gpu(weight, x)
+        elif weight.quantizes_inputs:
+            product = weight.apply(x)
+        else:
             return nn.functional.linear(x, weight.unpack(x.dtype), self.bias)
-        product = weight.apply(x)
         return product if self.bias is None else product + self.bias
 
 

@@ -15,9 +15,13 @@ import torch
 
 from decoct.engine.budget import peak_resident_bytes
 from decoct.serving.engine import Engine, Timing
+from decoct.serving.networks import GPU, check_gpu
 
 BASELINE = "eager"
 """The engine that is only measured against: transformers, everything unpacked to bfloat16."""
+
+_BASELINES = {GPU: f"{BASELINE}-{GPU}"}
+"""For engines that are not measured against the baseline on the CPU."""
 
 _STREAMED = 512 << 20  # bytes, far more than any cache holds
 _WARM = (8, 4)  # tokens of a prompt and after it, before anything counts
@@ -33,8 +37,9 @@ class Speed:
         decode_tokens_per_second: after the first token, one sequence.
         prefill_tokens_per_second: of the prompt.
         time_to_first_token: seconds.
-        peak_memory_bytes: of the process, the interpreter and its libraries included.
-        loaded_memory_bytes: of the process with its libraries, before a model was loaded.
+        peak_memory_bytes: of the process, the interpreter and its libraries included; on a GPU: of what torch
+            allocated there.
+        loaded_memory_bytes: of the process with its libraries, before a model was loaded; on a GPU: 0.
         weight_nbytes: of the weights that a token passes through.
         rounds: of each kind.
     """
@@ -58,7 +63,7 @@ class Bench:
         model: what was measured.
         speed: of the engine.
         baseline: of bfloat16 in eager transformers; None: left out.
-        bandwidth: of this machine's memory, bytes a second, read by as many threads.
+        bandwidth: of this machine's memory, bytes a second, read by as many threads; of the GPU's where one computed.
         threads: that computed.
         prompt_tokens: of each round.
         decode_tokens: of each round.
@@ -91,14 +96,14 @@ class Bench:
         }  # fmt: skip
 
 
-def measure_bandwidth(rounds: int = 5) -> float:
-    """Bytes a second that this machine's memory gives to as many threads as torch uses: the best of some sums."""
-    block = torch.ones(_STREAMED // 4, dtype=torch.float32)
-    block.sum()
+def measure_bandwidth(rounds: int = 5, device: str = "cpu") -> float:
+    """Bytes a second that memory gives, to as many threads as torch uses on the CPU: the best of some sums."""
+    block = torch.ones(_STREAMED // 4, dtype=torch.float32, device=device)
+    block.sum().item()
     best = 0.0
     for _ in range(rounds):
         began = time.perf_counter()
-        block.sum()
+        block.sum().item()
         best = max(best, block.nbytes / (time.perf_counter() - began))
     return best
 
@@ -127,15 +132,17 @@ def bench(
     Raises:
         ValueError: an engine cannot run the model; the process's own line.
     """
+    if engine == GPU:
+        check_gpu()
     both = [(engine, model)]
     if against != "":
-        both.append((BASELINE, against or model))
+        both.append((_BASELINES.get(engine, BASELINE), against or model))
     speeds = in_turn(both, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, rounds=rounds, on_round=on_round)
     return Bench(
         model=model,
         speed=speeds[0],
         baseline=speeds[1] if len(speeds) > 1 else None,
-        bandwidth=measure_bandwidth(),
+        bandwidth=measure_bandwidth(device=GPU if engine == GPU else "cpu"),
         threads=torch.get_num_threads(),
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
@@ -242,7 +249,7 @@ def work() -> None:
     torch.set_num_threads(given["threads"])
     try:
         _load_libraries(given["engine"], given["model"])
-        before = peak_resident_bytes()
+        before = _peak(given["engine"])
         engine = _open(given["engine"], given["model"], given["context"])
     except ValueError as error:
         _say({"error": str(error)})
@@ -251,7 +258,7 @@ def work() -> None:
     _say({"about": engine.about, "weight_nbytes": engine.weight_nbytes, "before": before})
     for line in sys.stdin:
         asked = json.loads(line)
-        _say(asdict(engine.time(**asked)) if asked else {"peak": peak_resident_bytes()})
+        _say(asdict(engine.time(**asked)) if asked else {"peak": _peak(given["engine"])})
     engine.close()
 
 
@@ -260,7 +267,7 @@ def _load_libraries(engine: str, model: str) -> None:
     if engine == "llama.cpp":
         return
     import_module("decoct.hf")
-    if engine == BASELINE or engine.startswith("decoct"):
+    if engine.startswith((BASELINE, "decoct")):
         from decoct.engine.runner import Runner
         from decoct.model import open_model
 
@@ -270,7 +277,7 @@ def _load_libraries(engine: str, model: str) -> None:
 def _open(engine: str, model: str, context: int) -> Engine:
     from decoct.serving.engines import open_engine
 
-    if engine != BASELINE:
+    if not engine.startswith(BASELINE):
         return open_engine(engine, model, context=context)
     from decoct.arch.hf import dense_model
     from decoct.engine.data import dense_tensors
@@ -280,10 +287,14 @@ def _open(engine: str, model: str, context: int) -> Engine:
 
     opened = open_model(model)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in dense_tensors(opened).items()}
-    network = dense_model(opened.config, opened.family, tensors)
+    network = dense_model(opened.config, opened.family, tensors).to(GPU if engine.endswith(GPU) else "cpu")
     return NetworkEngine(
         engine, opened, TransformersNetwork(network, opened, "transformers, bfloat16", context=context)
     )
+
+
+def _peak(engine: str) -> int:
+    return torch.cuda.max_memory_allocated() if engine.endswith(GPU) else peak_resident_bytes()
 
 
 def _say(value: dict[str, Any]) -> None:

@@ -15,8 +15,9 @@ from decoct.serving.llama_cpp import LlamaCpp
 from decoct.serving.network_engine import NetworkEngine
 from decoct.serving.networks import choose_context, open_network
 
-ENGINES = ("decoct", "decoct-int8", "transformers", "llama.cpp", "onnxruntime", "openvino")
-"""As `--engine` spells them. "decoct-int8" rounds what a prompt's tokens are multiplied with to 8 bits."""
+ENGINES = ("decoct", "decoct-int8", "transformers", "cuda", "llama.cpp", "onnxruntime", "openvino")
+"""As `--engine` spells them. "decoct-int8" rounds what a prompt's tokens are multiplied with to 8 bits; "cuda" is
+transformers on a GPU, with weights packed there too."""
 
 _LLAMA_CONTEXT = 4096
 

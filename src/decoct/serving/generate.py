@@ -29,7 +29,7 @@ def generate(
         max_tokens: at most, for each; None: to the end of the context.
         stop: texts at which an answer ends.
         sampling: how tokens are drawn; None: always the likeliest.
-        engine: "decoct", "decoct-int8", "transformers", "llama.cpp", "onnxruntime" or "openvino".
+        engine: "decoct", "decoct-int8", "transformers", "cuda", "llama.cpp", "onnxruntime" or "openvino".
         context: the most tokens that prompt and answer may have together; None: the model's own up to 4096.
         on_piece: told (which prompt, what was written) while it is written.
 

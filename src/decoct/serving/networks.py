@@ -5,7 +5,11 @@ import torch
 from decoct.model import Model
 from decoct.runtime.anatomy import slow_because
 from decoct.runtime.decoder import Decoder
+from decoct.runtime.kernels.gpu import gpu_kernels
 from decoct.runtime.network import Network
+
+GPU = "cuda"
+"""The engine, and torch's name of the device, NVIDIA's and AMD's alike."""
 
 _USUAL_CONTEXT = 4096
 
@@ -32,14 +36,16 @@ def open_network(
     Args:
         model: what to run.
         engine: "decoct", which leaves to transformers what its loop does not know, "decoct-int8", the same with prompts
-            rounded to 8 bits, or "transformers".
+            rounded to 8 bits, "transformers", or "cuda": transformers on a GPU.
         context: the most tokens that a sequence may have.
         num_seats: sequences at once.
         dtype: of hidden states; None: the model's own.
 
     Raises:
-        ValueError: the checkpoint is incomplete.
+        ValueError: the checkpoint is incomplete, or there is no GPU for "cuda".
     """
+    if engine == GPU:
+        check_gpu()
     reason = slow_because(model) if engine.startswith("decoct") else ""
     if reason is None:
         rounded = engine == "decoct-int8"
@@ -47,4 +53,20 @@ def open_network(
     from decoct.hf import TransformersNetwork, load_whole
 
     about = f"transformers, since {reason}" if reason else "transformers"
-    return TransformersNetwork(load_whole(model, dtype), model, about, context=context, num_seats=num_seats)
+    if engine == GPU:
+        about = f"transformers on {torch.cuda.get_device_name()}, {gpu_kernels()}"
+    network = load_whole(model, dtype, GPU if engine == GPU else None)
+    return TransformersNetwork(network, model, about, context=context, num_seats=num_seats)
+
+
+def check_gpu() -> None:
+    """Refuse to go on without a GPU.
+
+    Raises:
+        ValueError: torch sees none.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"the engine cuda needs a GPU, and torch {torch.__version__} sees none; use --engine decoct, or install a "
+            "torch for your GPU (pytorch.org/get-started)"
+        )

@@ -12,7 +12,7 @@ from decoct.serving.networks import choose_context, open_network
 from decoct.serving.text import Text
 from decoct.serving.worker import Limits, Worker
 
-_SERVED = ("decoct", "decoct-int8", "transformers")
+_SERVED = ("decoct", "decoct-int8", "transformers", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def open_server(
     check_engine(engine)
     if engine not in _SERVED:
         raise ValueError(
-            f"decoct serve runs the engines decoct and transformers, not {engine}; use that engine's own server"
+            f"decoct serve runs the engines decoct, transformers and cuda, not {engine}; use that engine's own server"
         )
     try:
         import uvicorn

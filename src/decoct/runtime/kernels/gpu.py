@@ -1,0 +1,101 @@
+"""Products on a GPU: whole-number weights by Triton kernels that read them packed, everything else by torch."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decoct.runtime.kernels.product import MOST_DIRECT
+from decoct.weights import GroupInt, Weight
+
+_TOKENS = 16  # of inputs that a program multiplies with: what a tensor core takes at least
+_MOST_COLS, _LEAST_COLS = 128, 16  # of a row that a program reads at a time
+_ROWS = 16
+
+
+def linear_on_gpu(weight: Weight, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+    """x·Wᵀ in x's dtype, on the GPU where both lie.
+
+    Few inputs are multiplied with packed codes; for many the matrix is unpacked, which pays then. What Triton's kernels
+    do not know, and everything where triton is not installed, is unpacked by torch.
+    """
+    cols = _span(weight) if available(x.device) else None
+    if cols is None:
+        return weight.apply(x) if weight.quantizes_inputs else torch.nn.functional.linear(x, weight.unpack(x.dtype))
+    assert isinstance(weight, GroupInt)
+    tokens = x.reshape(-1, weight.shape[1]).contiguous()
+    if len(tokens) > MOST_DIRECT:
+        return torch.nn.functional.linear(x, _unpack(weight, cols, x.dtype))
+    y = x.new_empty(len(tokens), weight.shape[0])
+    if len(tokens):
+        grid = (-(-weight.shape[0] // _ROWS), -(-len(tokens) // _TOKENS))
+        _source().multiply[grid](
+            tokens, *_stored(weight), y, len(tokens), *_sizes(weight), TOKENS=_TOKENS, ROWS=_ROWS, COLS=cols,
+            **_kind(weight),
+        )  # fmt: skip
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def available(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device: on GPUs, and on the CPU where TRITON_INTERPRET says so (for tests)."""
+    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
+
+
+def gpu_kernels() -> str:
+    """What multiplies on a GPU, for people."""
+    return "Triton kernels" if _has_triton() else "weights unpacked by torch (faster with pip install triton)"
+
+
+def _unpack(weight: GroupInt, cols: int, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """The matrix, the same as `weight.unpack(dtype)`, without anything in between."""
+    values = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+    grid = (-(-weight.shape[0] // _ROWS), -(-weight.shape[1] // cols))
+    _source().unpack[grid](*_stored(weight), values, *_sizes(weight), ROWS=_ROWS, COLS=cols, **_kind(weight))
+    return values
+
+
+def _span(weight: Weight) -> int | None:
+    """Columns for a program's step, all of one group; None: no kernel for such a weight."""
+    if not isinstance(weight, GroupInt):
+        return None
+    if weight.scale.shape[1] == 1:
+        return _MOST_COLS
+    widest = weight.group_size & -weight.group_size
+    return min(widest, _MOST_COLS) if widest >= _LEAST_COLS else None
+
+
+def _stored(weight: GroupInt) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points; scales where there are no zero points, which the kernel then does not read."""
+    return weight.codes, weight.scale, weight.scale if weight.zero is None else weight.zero
+
+
+def _sizes(weight: GroupInt) -> tuple[int, ...]:
+    """As both kernels take them; a stride of 0 where all rows share one scale."""
+    shared = weight.scale.shape[0] == 1
+    strides = [0 if shared else each.stride(0) for each in _stored(weight)[1:]]
+    return (*weight.shape, weight.scale.shape[1], weight.group_size, weight.codes.stride(0), *strides)
+
+
+def _kind(weight: GroupInt) -> dict[str, int]:
+    source = _source()
+    if weight.zero is None:
+        zero = source.NO_ZERO
+    else:
+        zero = source.REAL_ZERO if weight.zero.is_floating_point() else source.PACKED_ZERO
+    return {"BITS": weight.bits, "ZERO": zero}
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _source() -> Any:
+    from decoct.runtime.kernels import gpu_source
+
+    return gpu_source
