@@ -12,6 +12,7 @@ from torch.nn import functional
 from decoct.methods import CacheMethod, Place
 from decoct.runtime.anatomy import Anatomy
 from decoct.runtime.cache import BlockCache
+from decoct.runtime.kernels.attention import attend_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,10 @@ def attend(
 ) -> Float[Tensor, "tokens width"]:
     """Causal attention of a sequence's newest tokens, whose own keys come last among those seen."""
     count, seen = queries.shape[0], keys.shape[1]
+    if count > 1:
+        compiled = attend_prompt(queries, keys, values, scale=form.scale, score_cap=form.score_cap, window=window)
+        if compiled is not None:
+            return compiled.reshape(count, -1)
     plain = count == seen and (window is None or count <= window)
     mask = None
     if count > 1 and not (plain and form.score_cap is None):

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import warnings
-from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_uint32, c_void_p
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 7  # of the functions and of `Matrix`; the library says its own
+VERSION = 8  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parents[1]
 WHERE = "DECOCT_KERNELS"
@@ -60,6 +60,20 @@ class Matrix(Structure):
     )
 
 
+class Attention(Structure):
+    """DecoctAttention in native/attention.h, field by field."""
+
+    _fields_ = (
+        ("type", c_int32),
+        *(
+            (name, c_int64)
+            for name in ("heads", "kv_heads", "head_size", "tokens", "seen", "query_stride", "key_stride", "window")
+        ),
+        *((name, c_float) for name in ("scale", "score_cap")),
+        *((name, c_void_p) for name in ("queries", "keys", "values", "out")),
+    )
+
+
 class Library:
     """The kernels of this machine.
 
@@ -93,6 +107,8 @@ class Library:
         self._unpack = self._functions.decoct_unpack
         self._unpack.argtypes = [POINTER(Matrix), c_int64, c_int64, c_int32, c_void_p, c_int32, c_int32]
         self._unpack.restype = None
+        self._attend = self._functions.decoct_attend
+        self._attend.argtypes, self._attend.restype = [POINTER(Attention), c_int32, c_int32], None
         self.step = self._functions.decoct_step
         """One more token for some sequences; see step.py."""
         self.step.argtypes = [c_void_p, c_void_p, POINTER(c_int64), POINTER(c_int64), c_int64, c_void_p]
@@ -111,6 +127,10 @@ class Library:
         """As `multiply`, of inputs rounded to 8 bits."""
         type_, threads = TYPES[x.dtype], torch.get_num_threads()
         self._rounded(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level)
+
+    def attend(self, attention: Attention, level: int) -> None:
+        """Attention of a prompt's tokens, written to its `out`."""
+        self._attend(byref(attention), torch.get_num_threads(), level)
 
     def unpack(self, matrix: Matrix, blocks: range, out: Tensor, level: int) -> None:
         """Rows of blocks of 16 into `out` [rows, cols], contiguous, of one of FLOATS."""

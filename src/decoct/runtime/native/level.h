@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "panels.h"
+#include "prompts.h"
 #include "rows.h"
 #include "steps.h"
 #include "trellis.h"

@@ -1,0 +1,34 @@
+// Attention of a prompt's tokens on several threads.
+#include "attention.h"
+
+#include <vector>
+
+#include "pool.h"
+#include "product.h"
+
+#if defined(_WIN32)
+#define DECOCT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define DECOCT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace decoct;
+
+DECOCT_EXPORT void decoct_attend(const DecoctAttention* attention, int32_t threads, int32_t number) {
+  const DecoctAttention& a = *attention;
+  const Prompts& prompts = *level_of(number).prompts;
+  const int64_t all = rounded_up(a.seen, kAbreast), rows = a.tokens * (a.heads / a.kv_heads);
+  static thread_local std::vector<float> packed;
+  packed.resize(all * (a.head_size + rounded_up(a.head_size, kAbreast)));
+  float *keys = packed.data(), *values = keys + all * a.head_size;
+  for (int64_t head = 0; head < a.kv_heads; ++head) {
+    Pool::shared().share(all / kAbreast, 1, threads, [&](int64_t first, int64_t last) {
+      prompts.pack(a, head, first * kAbreast, last * kAbreast, keys, values);
+    });
+    Pool::shared().share(rows, 4 * prompts.tall, threads, [&](int64_t first, int64_t last) {
+      static thread_local std::vector<float> room;
+      room.resize(prompt_room(a, prompts.tall));
+      prompts.attend(a, head, first, last, keys, values, room.data());
+    });
+  }
+}

@@ -1,0 +1,36 @@
+// Attention of a prompt's tokens, each to the tokens of its sequence up to itself.
+#pragma once
+
+#include "matrix.h"
+
+extern "C" {
+
+struct DecoctAttention {
+  int32_t type;  // of all numbers
+  int64_t heads, kv_heads, head_size, tokens, seen, query_stride, key_stride;
+  int64_t window;  // tokens that one sees, itself among them; 0: all
+  float scale, score_cap;
+  const void* queries;         // [tokens][heads][head_size], tokens `query_stride` numbers apart
+  const void *keys, *values;   // [kv_heads][seen][head_size], heads `key_stride` numbers apart; the last are the tokens' own
+  void* out;                   // [tokens][heads][head_size]
+};
+}
+
+namespace decoct {
+
+constexpr int64_t kAbreast = 32;  // positions, and channels of values, that lie side by side
+
+// For one head of keys and values. They are packed once, as floats: keys [position / 32][channel][position % 32], values
+// [channel / 32][position][channel % 32], both filled up with zeros.
+struct Prompts {
+  int64_t tall;  // queries that are multiplied together
+  void (*pack)(const DecoctAttention& a, int64_t head, int64_t first, int64_t last, float* keys, float* values);
+  // Queries of the head, counted token by token; `room` is for `prompt_room` floats.
+  void (*attend)(const DecoctAttention& a, int64_t head, int64_t first, int64_t last, const float* keys, const float* values, float* room);
+};
+
+static inline int64_t prompt_room(const DecoctAttention& a, int64_t tall) {
+  return tall * (a.head_size + rounded_up(a.seen, kAbreast) + rounded_up(a.head_size, kAbreast));
+}
+
+}  // namespace decoct
