@@ -122,6 +122,14 @@ REFUSED = {
     ),
     "correcting nothing": ([EORA], "a correction needs an earlier step that compresses"),
     "a rank larger than the matrix": ([RTN, rule(eora={"rank": 17})], r"k_proj\.weight: rank 17 is more than"),
+    "a rank to learn in larger than the matrix": (
+        [RTN, {"lrq": {"rank": 17}}],
+        r"k_proj\.weight: lrq: rank 17 is more than a 16x32 matrix has; give at most 16",
+    ),
+    "the same, rounded by the step itself": (
+        [{"lrq": {"bits": 4, "group_size": 8, "rank": 100000}}],
+        r"_proj\.weight: lrq: rank 100000 is more than a \d+x32 matrix has",
+    ),
     "a pattern that does not divide": ([rule(wanda={"n": 2, "m": 5})], "2:5 does not divide 32 input features"),
 }
 
@@ -236,6 +244,11 @@ def test_group_size_counts_only_where_autoround_rounds(base: Path, tmp_path: Pat
     rules = [{"match": "mlp.down", "gptq": {"group_size": 16}}, {"match": "*", "leave": True}]
     plan = planned(make_job(base, tmp_path / "out", {"linear": rules}, method))
     assert plan.output_bytes == pytest.approx(run(base, tmp_path / "out", {"linear": rules}, method).nbytes, rel=0.01)
+
+
+@pytest.mark.parametrize("rank", [None, 1, 16])
+def test_a_rank_that_every_matrix_has_is_planned(rank: int | None, base: Path, tmp_path: Path) -> None:
+    assert planned(make_job(base, tmp_path / "out", RTN, {"lrq": {"rank": rank, "num_steps": 1}})).output_bytes > 0
 
 
 def test_memory_for_learning_is_counted_though_the_first_block_is_left(base: Path, tmp_path: Path) -> None:
