@@ -31,6 +31,7 @@ _SHOWN = (
     "key_bits",
     "value_bits",
     "group_size",
+    "guided",
     "window",
     "sparsity",
     "keep",
