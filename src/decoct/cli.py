@@ -327,6 +327,7 @@ def _plan_json(found: "RecipePlan") -> dict[str, object]:
         "disk_bytes": found.disk_bytes,
         "seconds": found.seconds,
         "bits_per_weight": found.bits_per_weight,
+        "weights_checked": found.weights_checked,
         "stages": [_stage_json(stage) for stage in found.stages],
     }
 
