@@ -1,5 +1,6 @@
 """The plan tells the truth, and everything that would stop the run later stops it before a byte is written."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from decoct.engine.compress import Job
 from decoct.engine.plan import Plan
 from decoct.engine.stages import plan_stages
 from decoct.engine.write import finish_folder
+from decoct.methods.quantize.lrq import LRQ
 from decoct.model import open_model
 from tests.engine.running import (
     AUTOROUND,
@@ -244,6 +246,18 @@ def test_group_size_counts_only_where_autoround_rounds(base: Path, tmp_path: Pat
     rules = [{"match": "mlp.down", "gptq": {"group_size": 16}}, {"match": "*", "leave": True}]
     plan = planned(make_job(base, tmp_path / "out", {"linear": rules}, method))
     assert plan.output_bytes == pytest.approx(run(base, tmp_path / "out", {"linear": rules}, method).nbytes, rel=0.01)
+
+
+def test_time_for_learning_is_that_of_each_block(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method on blocks tells its work from one block's matrices, of which all that depends on widths follows."""
+    asked: list[int] = []
+    seconds = []
+    for work in (0.0, 1e13):
+        monkeypatch.setattr(LRQ, "operations", lambda _, entries, *__, work=work: asked.append(entries) or work)
+        seconds.append(planned(make_job(base, tmp_path / "out", RTN, {"lrq": {}})).seconds)
+    model = open_model(base)
+    assert set(asked) == {sum(prod(model.shape(model.prefix(0) + slot.name)) for slot in model.block_slots)}
+    assert seconds[1] - seconds[0] == pytest.approx(model.num_blocks * 1e13 / (0.4 * 1e11))
 
 
 @pytest.mark.parametrize("rank", [None, 1, 16])
