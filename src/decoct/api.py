@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from decoct.engine.budget import planning_as_at, resident_bytes
-from decoct.engine.compress import Job, Watch, compress_job, is_result_of
+from decoct.engine.compress import Job, Watch, check_source_tensors, compress_job, is_result_of
 from decoct.engine.data import check_text
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.engine.summary import Result
@@ -25,9 +25,12 @@ from decoct.model import Model, open_model
 from decoct.recipe import Recipe, RecipeError, parse_recipe, read_recipe, recipe_text, with_rules, with_settings
 from decoct.search import Found, SearchPlan, find_bits
 from decoct.search import plan_search as plan_bits
-from decoct.store import atomic_path
+from decoct.store import FolderSource, atomic_path
 from decoct.training.processes import num_processes, process_number
 from decoct.training.together import compress_together
+
+_CHECKED_BYTES = 20 * 10**9
+"""A plan reads weights that take no more than this, to see whether they are damaged: seconds."""
 
 RecipeLike = str | Path | dict[str, Any] | Sequence[str | Path | dict[str, Any]]
 """A preset's name, a recipe file, a recipe as data, or several of these to run one after another."""
@@ -142,6 +145,8 @@ def plan(
 ) -> RecipePlan:
     """What a recipe would do and take, stage by stage; nothing is run. What a search would change: `plan_search`.
 
+    The weights of a folder are read once, unless there are very many: `weights_checked` says so.
+
     Args:
         model: folder, .gguf file, hub id, or an opened model.
         recipe: see RecipeLike.
@@ -157,7 +162,7 @@ def plan(
     _check_exports(found, parsed)
     if found.needs_data:
         check_text(parsed.data, opened)
-    return found
+    return _with_weights_checked(found, opened)
 
 
 def plan_search(
@@ -186,7 +191,7 @@ def plan_search(
     planned = plan_stages(opened, alike.stages, alike.data, alike.budget, None)
     _check_exports(planned, alike)
     check_text(alike.data, opened)
-    return found, planned
+    return found, _with_weights_checked(planned, opened)
 
 
 def compress(
@@ -356,6 +361,14 @@ def _accept(export: Sequence[str]) -> Callable[[Model], None]:
             check_expected(result, form)
 
     return check
+
+
+def _with_weights_checked(found: RecipePlan, model: Model) -> RecipePlan:
+    """Refuse damaged weights, where reading them all takes seconds."""
+    if not isinstance(model.source, FolderSource) or model.nbytes > _CHECKED_BYTES:
+        return found
+    check_source_tensors(model)
+    return replace(found, weights_checked=True)
 
 
 def _check_exports(found: RecipePlan, recipe: Recipe) -> None:

@@ -41,16 +41,28 @@ TextOption = Annotated[
     str | None, typer.Option("--data", metavar="TEXT", help="Calibration: a text file, a hub dataset, or self.")
 ]
 BitsOption = Annotated[
-    float | None,
-    typer.Option("--bits", help="Choose each matrix's bits so that they average this, scales counted, e.g. 3.3."),
+    str | None,
+    typer.Option(
+        "--bits",
+        metavar="NUMBER",
+        help="Choose each matrix's bits so that they average this, scales counted, e.g. 3.3.",
+    ),
 ]
 SizeOption = Annotated[
     str | None,
-    typer.Option("--size", help="Choose each matrix's bits (or sparsity) so that the result takes this, e.g. 60MiB."),
+    typer.Option(
+        "--size",
+        metavar="SIZE",
+        help="Choose each matrix's bits (or sparsity) so that the result takes this, e.g. 60MiB.",
+    ),
 ]
 SparsityOption = Annotated[
-    float | None,
-    typer.Option("--sparsity", help="Choose each matrix's sparsity so that this fraction of all goes, e.g. 0.6."),
+    str | None,
+    typer.Option(
+        "--sparsity",
+        metavar="FRACTION",
+        help="Choose each matrix's sparsity so that this fraction of all goes, e.g. 0.6.",
+    ),
 ]
 MinutesOption = Annotated[
     float | None, typer.Option("--minutes", help="Time for stages that train, e.g. 30; they end about then.")
@@ -259,13 +271,25 @@ def main() -> None:
     app()
 
 
-def _target(bits: float | None, size: str | None, sparsity: float | None) -> list[str]:
+def _target(bits: str | None, size: str | None, sparsity: str | None) -> list[str]:
     """Settings for a search; what is given here replaces the recipe's own target."""
     targets = {"bits": bits, "size": size, "sparsity": sparsity}
     given = [key for key, value in targets.items() if value is not None]
     if len(given) > 1:
         raise typer.BadParameter(f"give one of --{' and --'.join(given)}", param_hint="--bits / --size / --sparsity")
-    return [f"search.{key}={'null' if value is None else value}" for key, value in targets.items()] if given else []
+    if not given:
+        return []
+    from pydantic import ValidationError
+
+    from decoct.recipe import RecipeError
+    from decoct.search.settings import Search
+
+    (key,) = given
+    try:
+        found = Search.model_validate({key: targets[key]}).model_dump()
+    except ValidationError as error:
+        raise RecipeError(f"--{key}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    return [f"search.{each}={'null' if each != key else found[key]}" for each in targets]
 
 
 def _recipe(
@@ -303,6 +327,7 @@ def _plan_json(found: "RecipePlan") -> dict[str, object]:
         "disk_bytes": found.disk_bytes,
         "seconds": found.seconds,
         "bits_per_weight": found.bits_per_weight,
+        "weights_checked": found.weights_checked,
         "stages": [_stage_json(stage) for stage in found.stages],
     }
 

@@ -31,6 +31,7 @@ _SHOWN = (
     "key_bits",
     "value_bits",
     "group_size",
+    "guided",
     "window",
     "sparsity",
     "keep",
@@ -113,6 +114,8 @@ class Console:
             self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
             self.line(f"disk     about {_size(found.disk_bytes)} while it runs")
             self.line(f"time     about {_duration(found.seconds)}")
+        if not found.weights_checked:
+            self.line("weights  not checked, reading them takes long; decoct compress checks them before it begins")
 
     def stage_plan(self, found: "Plan") -> None:
         """One stage of it, as `decoct compress` shows it when the stage begins."""

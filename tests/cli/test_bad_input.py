@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import decoct
 from tests.cli.test_commands import invoke
 from tests.engine.running import make_base
 
@@ -110,9 +111,32 @@ def test_damaged_weights_stop_a_run_before_it_begins(method: str, number: float,
     tensors[name][3, 5] = number
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     made = recipe(tmp_path, METHODS[method], tmp_path / "text.txt")
-    said = refusal(1, "compress", damaged, made, "-o", tmp_path / "out")
-    assert f"{name} holds NaN or infinite values; the checkpoint is damaged" in said
-    assert not list((tmp_path / "out").rglob("model-*.safetensors"))
+    for command in (["plan", damaged, made], ["compress", damaged, made, "-o", tmp_path / "out"]):
+        said = refusal(1, *command)
+        assert f"{name} holds NaN or infinite values; the checkpoint is damaged" in said
+    assert not list((tmp_path / "out").rglob("*.safetensors")), "not even calibration has begun"
+
+
+def test_a_plan_with_a_search_reads_the_weights_too(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="searching is an extra: pip install 'decoct[search]'")
+    damaged = make_base(tmp_path, "llama-tied")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")  # of a tensor that no method touches
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    made = recipe(tmp_path, METHODS["gptq"], tmp_path / "text.txt")
+    assert "model.norm.weight holds NaN" in refusal(1, "plan", damaged, made, "--bits", 7)
+
+
+def test_a_plan_says_that_very_many_weights_were_not_read(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(tmp_path, METHODS["rtn"], tmp_path / "text.txt")
+    assert "weights" not in invoke("plan", base, made).stdout
+    assert decoct.plan(base, made).weights_checked
+    monkeypatch.setattr("decoct.api._CHECKED_BYTES", 1000)
+    monkeypatch.setattr("decoct.api.check_source_tensors", lambda _: pytest.fail("read all the same"))
+    assert "weights  not checked, reading them takes long" in invoke("plan", base, made).stdout
+    assert not decoct.plan(base, made).weights_checked
 
 
 def test_numbers_that_grow_too_large_name_the_block(tmp_path: Path) -> None:

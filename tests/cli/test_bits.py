@@ -1,5 +1,6 @@
 """`--bits`, `--size` and `--write-recipe` on the command line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,4 +59,46 @@ def test_wrong_use(base: Path, tmp_path: Path) -> None:
     assert low.exit_code == 1
     assert low.stderr.startswith("error: 1.2 bits cannot be met")
     assert low.stderr.count("\n") == 1
-    assert invoke("plan", base, "--size", "huge", *text).exit_code == 2
+
+
+TARGETS = {
+    ("--bits", "abc"): "'abc' is no average of bits; give a number above 0 such as 3.3",
+    ("--bits", ""): "'' is no average of bits",
+    ("--bits", "nan"): "'nan' is no average of bits",
+    ("--bits", "inf"): "'inf' is no average of bits",
+    ("--bits", "-3"): "'-3' is no average of bits",
+    ("--sparsity", "abc"): "'abc' is no sparsity; give a fraction between 0 and 1 such as 0.6",
+    ("--sparsity", "nan"): "'nan' is no sparsity",
+    ("--sparsity", "50"): "'50' is no sparsity",
+    ("--size", "huge"): "'huge' is not a size; write it as 8GiB or 500MB",
+    ("--size", "nan"): "'nan' is not a size",
+    ("--size", "0"): "'0' leaves no room; give a size such as 60MiB",
+}
+
+
+@pytest.mark.parametrize(("option", "value"), TARGETS, ids=str)
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_a_target_that_is_none_is_one_line(command: str, option: str, value: str, base: Path, tmp_path: Path) -> None:
+    out = ["-o", tmp_path / "out"] if command == "compress" else []
+    result = invoke(command, base, option, value, *out)
+    assert result.exit_code == 2, (result.exception, result.stderr)
+    assert result.stderr.startswith(f"error: {option}: {TARGETS[option, value]}")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+ABOVE = {
+    ("--bits", "9"): r"error: 9 bits cannot be met: .* take 4\.00 bits .*, 6\.00 with 4 bits; ask for at most 6\.00\n",
+    ("--size", "1GiB"): r"error: 1\.0 GiB cannot be met: .* with 4 bits, .* for all else; ask for at most .* KiB\n",
+}
+
+
+@pytest.mark.parametrize(("option", "value"), ABOVE, ids=str)
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_more_than_can_be_had(command: str, option: str, value: str, base: Path, tmp_path: Path) -> None:
+    out = ["-o", tmp_path / "out"] if command == "compress" else []
+    text = ["--data", base.parent / "text.txt"]
+    result = invoke(command, base, option, value, *SMALL, *TOKENS, *text, *out)
+    assert result.exit_code == 1, (result.exception, result.stderr)
+    assert re.fullmatch(ABOVE[option, value], result.stderr)
+    assert command != "plan" or invoke("plan", base, "--bits", 6.005, *SMALL, *TOKENS, *text).exit_code == 0, "rounded"

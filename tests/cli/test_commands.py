@@ -89,6 +89,13 @@ stages:
 """
 
 
+def test_plan_says_what_is_guided(base: Path) -> None:
+    shown = invoke("plan", base, *W4, "--set", "gptq.guided=2", *TOKENS, "--data", base.parent / "text.txt")
+    assert shown.exit_code == 0, shown.stderr
+    assert "gptq (bits 4, group_size 8, guided 2)" in " ".join(shown.stdout.split())
+    assert "guided" not in invoke("plan", base, *W4, *TOKENS, "--data", base.parent / "text.txt").stdout
+
+
 def test_every_stage_is_shown(base: Path, text: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "learned.yaml"
     recipe.write_text(LEARNED.replace("TEXT", str(text)))

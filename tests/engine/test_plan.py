@@ -1,5 +1,6 @@
 """The plan tells the truth, and everything that would stop the run later stops it before a byte is written."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from decoct.engine.compress import Job
 from decoct.engine.plan import Plan
 from decoct.engine.stages import plan_stages
 from decoct.engine.write import finish_folder
+from decoct.methods.quantize.lrq import LRQ
 from decoct.model import open_model
 from tests.engine.running import (
     AUTOROUND,
@@ -122,6 +124,14 @@ REFUSED = {
     ),
     "correcting nothing": ([EORA], "a correction needs an earlier step that compresses"),
     "a rank larger than the matrix": ([RTN, rule(eora={"rank": 17})], r"k_proj\.weight: rank 17 is more than"),
+    "a rank to learn in larger than the matrix": (
+        [RTN, {"lrq": {"rank": 17}}],
+        r"k_proj\.weight: lrq: rank 17 is more than a 16x32 matrix has; give at most 16",
+    ),
+    "the same, rounded by the step itself": (
+        [{"lrq": {"bits": 4, "group_size": 8, "rank": 100000}}],
+        r"_proj\.weight: lrq: rank 100000 is more than a \d+x32 matrix has",
+    ),
     "a pattern that does not divide": ([rule(wanda={"n": 2, "m": 5})], "2:5 does not divide 32 input features"),
 }
 
@@ -236,6 +246,23 @@ def test_group_size_counts_only_where_autoround_rounds(base: Path, tmp_path: Pat
     rules = [{"match": "mlp.down", "gptq": {"group_size": 16}}, {"match": "*", "leave": True}]
     plan = planned(make_job(base, tmp_path / "out", {"linear": rules}, method))
     assert plan.output_bytes == pytest.approx(run(base, tmp_path / "out", {"linear": rules}, method).nbytes, rel=0.01)
+
+
+def test_time_for_learning_is_that_of_each_block(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method on blocks tells its work from one block's matrices, of which all that depends on widths follows."""
+    asked: list[int] = []
+    seconds = []
+    for work in (0.0, 1e13):
+        monkeypatch.setattr(LRQ, "operations", lambda _, entries, *__, work=work: asked.append(entries) or work)
+        seconds.append(planned(make_job(base, tmp_path / "out", RTN, {"lrq": {}})).seconds)
+    model = open_model(base)
+    assert set(asked) == {sum(prod(model.shape(model.prefix(0) + slot.name)) for slot in model.block_slots)}
+    assert seconds[1] - seconds[0] == pytest.approx(model.num_blocks * 1e13 / (0.4 * 1e11))
+
+
+@pytest.mark.parametrize("rank", [None, 1, 16])
+def test_a_rank_that_every_matrix_has_is_planned(rank: int | None, base: Path, tmp_path: Path) -> None:
+    assert planned(make_job(base, tmp_path / "out", RTN, {"lrq": {"rank": rank, "num_steps": 1}})).output_bytes > 0
 
 
 def test_memory_for_learning_is_counted_though_the_first_block_is_left(base: Path, tmp_path: Path) -> None:

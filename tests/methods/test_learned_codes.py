@@ -149,6 +149,10 @@ def test_learning_takes_what_it_says(cls: type[BlockLearning]) -> None:
     """More steps, sequences and entries are more work; what is learned is counted in memory."""
     method = cls(num_steps=10)
     assert cls(num_steps=20).operations(1000, 8, 64) > 1.2 * method.operations(1000, 8, 64)
+    looked_at = [method.operations(1000, count, 64) for count in (16, 32, 128)]
+    assert looked_at[0] < looked_at[1] == looked_at[2], (
+        "the error is measured on some sequences, however many there are"
+    )
     assert method.workspace(2000, 10) > 1.9 * method.workspace(1000, 10)
     w = gaussian(64, 64)
     latent = method.latent(rounded(w), w)

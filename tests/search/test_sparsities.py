@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "owl divides a sparsity",
     ),
     "out of reach": (None, {"sparsity": 0.9, "levels": [0.5, 0.6]}, "0.9 cannot be met: with 0.6 everywhere"),
+    "too little": (None, {"sparsity": 0.1, "levels": [0.5, 0.6]}, "0.1 cannot be met: with 0.5 everywhere"),
 }
 
 
@@ -123,7 +124,7 @@ def test_refusals_at_once(base: Path, tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"sparsity": 1.2}, "less than 1"),
+        ({"sparsity": 1.2}, "'1.2' is no sparsity; give a fraction between 0 and 1"),
         ({"sparsity": 0.5, "levels": [0.5]}, "at least two different sparsities"),
         ({"sparsity": 0.5, "widths": [2, 3]}, "widths are bits to choose from, and here"),
         ({"bits": 3, "levels": [0.5, 0.6]}, "give a sparsity or a size"),

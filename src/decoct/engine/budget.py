@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _HEADROOM = 0.8  # of the memory that is free when nobody stated a limit
+_SIZES = (384, 512, 1536)  # of products: short ones fall between what others compute, large ones fit many threads
+_MEASURING, _LEAST_TRIES = 0.3, 2  # seconds with each size, and tries
 
 
 def parse_size(text: str | int) -> int:
@@ -100,20 +103,31 @@ def compute_dtype(model_dtype: torch.dtype) -> torch.dtype:
     """Dtype to run blocks in: bfloat16 if the model is in it and this machine multiplies it faster than float32."""
     if model_dtype != torch.bfloat16:
         return torch.float32
-    return torch.bfloat16 if _rate(torch.bfloat16) > 1.2 * _rate(torch.float32) else torch.float32
-
-
-def _rate(dtype: torch.dtype, size: int = 768) -> float:
-    """Multiply-adds a second, the best of a few short products."""
-    a = torch.randn(size, size).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return size**3 / best
+    return torch.bfloat16 if product_rate(torch.bfloat16) > 1.2 * product_rate(torch.float32) else torch.float32
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second that large matrix products reach on this machine, for time estimates."""
-    return 2 * _rate(dtype, 1536)
+    """Floating-point operations a second that matrix products reach on this machine, for time estimates.
+
+    Of this machine when it does nothing else: what other programs take at the moment says little about the hours to
+    come, and must not decide what blocks run in. Measured once in a process, for each number of threads.
+    """
+    rates = _product_rates(torch.get_num_threads())
+    return rates.get(dtype, rates[torch.float32])
+
+
+@cache
+def _product_rates(threads: int) -> dict[torch.dtype, float]:  # noqa: ARG001 - measured again with others
+    """The best of many tries, the dtypes in turn, so that what disturbs one disturbs the others."""
+    rates: dict[torch.dtype, float] = {}
+    for size in _SIZES:
+        factors = {dtype: torch.randn(size, size).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        started, tries = time.perf_counter(), 0
+        while tries < _LEAST_TRIES or time.perf_counter() - started < _MEASURING:
+            for dtype, factor in factors.items():
+                began = time.perf_counter()
+                factor @ factor
+                rate = 2 * size**3 / (time.perf_counter() - began)
+                rates[dtype] = max(rate, rates.get(dtype, 0.0))
+            tries += 1
+    return rates

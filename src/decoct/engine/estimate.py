@@ -59,7 +59,8 @@ def time_taken(work: Work) -> float:
         entries = sum(prod(model.shape(n)) for n, slot in model.slots().items() if not slot.protected)
         squares = sum(width**2 for width in _edge_widths(model).values()) * model.num_blocks
         whole = {m for methods in chains.values() for m in methods if isinstance(m, BlockMethod)}
-        learning = sum(m.operations(entries, data.num_sequences, data.sequence_length) for m in whole)
+        block = round(entries / model.num_blocks)
+        learning = sum(m.operations(block, data.num_sequences, data.sequence_length) for m in whole) * model.num_blocks
         passes = 3 if work.paired else 2  # with a second chain, of the model as it was
         seconds += learning / (0.4 * rate)
         seconds += data.num_tokens * (2 * passes * entries / (0.6 * rate) + squares / full)

@@ -267,7 +267,11 @@ def _check_inputs(model: Model, name: str) -> None:
 
 def _check_shapes(model: Model, name: str, verdicts: Sequence[_Verdict]) -> None:
     try:
-        _check_leaves(verdicts, compressible_shape(model, name))
+        shape = compressible_shape(model, name)
+        _check_leaves(verdicts, shape)
+        for verdict in verdicts:
+            if isinstance(verdict.method, BlockMethod) and verdict.obstacle is None:
+                verdict.method.check_learned(shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

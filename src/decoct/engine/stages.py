@@ -219,10 +219,12 @@ class RecipePlan:
         stages: each stage's plan, in order; a later one counts with what the earlier ones are expected to make.
         result: the model that it is expected to make, its weights described but not there; None: that shows only in
             the run, where an earlier run's weights are compressed further.
+        weights_checked: whether all weights were read, and hold numbers; a run does that before anything else.
     """
 
     stages: tuple[Plan, ...]
     result: Model | None
+    weights_checked: bool = False
 
     @property
     def num_parameters(self) -> int:

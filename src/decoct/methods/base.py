@@ -176,6 +176,13 @@ class BlockMethod(ABC):
     def check(self, shape: tuple[int, int]) -> None:  # noqa: B027 - as for LinearMethod
         """As for LinearMethod."""
 
+    def check_learned(self, shape: tuple[int, int]) -> None:  # noqa: B027 - most learn on matrices of any shape
+        """While planning: can it learn on a matrix of this shape, whichever step quantized it?
+
+        Raises:
+            ValueError: it cannot; says what would fit.
+        """
+
     def leaves(self, shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """As for LinearMethod."""
         return (shape,)

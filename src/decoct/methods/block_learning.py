@@ -112,7 +112,7 @@ class BlockLearning(BlockMethod):
     def operations(self, entries: int, num_sequences: int, length: int) -> float:
         forward = 2.0 * entries * length
         learned = 3 * self.num_steps * min(self.batch_size, num_sequences)
-        looks = (_LOOKS + 1) * num_sequences
+        looks = (_LOOKS + 1) * min(_LOOKED_AT, num_sequences)
         return forward * (learned + looks) + self.step_operations * entries * self.num_steps
 
     @override

@@ -22,6 +22,7 @@ from decoct.search.target import Target, find_target
 from decoct.store import free_bytes
 
 _LIST = {"bits": "widths", "sparsity": "levels"}  # the setting that says what to choose from
+_ABOVE = 1.01  # times the most that can be had: what messages round up is not refused
 _UNPACKED = 2e8  # entries a second that are read, unpacked and compared with a gradient
 
 
@@ -110,7 +111,7 @@ def plan_search(
         disk_bytes=_disk(target, base, data, search, sizes.values()),
         seconds=_seconds(target, base, data, search),
     )
-    budget_for(search, found, (min(amounts.values()), max(amounts.values())))
+    budget_for(search, found, (min(amounts.values()), max(amounts.values())), both=True)
     if found.peak_bytes > found.limit_bytes:
         raise ValueError(
             f"{model.source.label}: searching needs about {format_size(found.peak_bytes)} of memory, the budget allows "
@@ -119,24 +120,27 @@ def plan_search(
     return found
 
 
-def budget_for(search: Search, plan: SearchPlan, reach: tuple[int, int]) -> int:
+def budget_for(search: Search, plan: SearchPlan, reach: tuple[int, int], *, both: bool = False) -> int:
     """Bytes that the searched matrices may take together; of a sparsity, the weights that they may keep.
 
     Args:
         search: the target.
         plan: what else the result holds.
         reach: the fewest and the most that they can take.
+        both: refuse also more than the most; once the candidates are made, they are taken as they are.
 
     Raises:
-        ValueError: the target is below the fewest.
+        ValueError: the target is below the fewest, or above the most.
     """
     entries, levels = plan.target.entries, plan.target.levels
-    if plan.wanted >= reach[0]:
+    above = both and plan.wanted > _ABOVE * reach[1]
+    if plan.wanted >= reach[0] and not above:
         return plan.wanted
     if search.sparsity is not None:
+        level, amount, change = (levels[-1], reach[1], "smaller") if above else (levels[0], reach[0], "larger")
         raise ValueError(
-            f"a sparsity of {search.sparsity:g} cannot be met: with {levels[0]:g} everywhere "
-            f"{1 - reach[0] / entries:.4f} of the weights go; give a larger one in search.levels"
+            f"a sparsity of {search.sparsity:g} cannot be met: with {level:g} everywhere "
+            f"{1 - amount / entries:.4f} of the weights go; give a {change} one in search.levels"
         )
     each = "{:g} bits" if plan.target.setting == "bits" else "a sparsity of {:g}"
     first, last = each.format(levels[0]), each.format(levels[-1])
@@ -144,12 +148,14 @@ def budget_for(search: Search, plan: SearchPlan, reach: tuple[int, int]) -> int:
         low, high = (f"{8 * nbytes / entries:.2f}" for nbytes in reach)
         raise ValueError(
             f"{search.bits:g} bits cannot be met: with scales and all else counted these matrices take {low} bits per "
-            f"weight with {first} each, {high} with {last}; ask for more than {low}, or choose larger groups"
+            f"weight with {first} each, {high} with {last}; "
+            + (f"ask for at most {high}" if above else f"ask for more than {low}, or choose larger groups")
         )
     low, high = (format_size(plan.other_bytes + nbytes) for nbytes in reach)
     raise ValueError(
         f"{format_size(search.size)} cannot be met: the result takes {low} with {first} for each searched "
-        f"matrix, {high} with {last}, {format_size(plan.other_bytes)} of it for all else; ask for more than {low}"
+        f"matrix, {high} with {last}, {format_size(plan.other_bytes)} of it for all else; ask for "
+        + (f"at most {high}" if above else f"more than {low}")
     )
 
 

@@ -1,5 +1,7 @@
 """What a recipe says of a search for bits, or for sparsities."""
 
+import math
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from decoct.engine.budget import parse_size
@@ -35,9 +37,9 @@ class Search(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: float | None = Field(default=None, gt=0)
-    sparsity: float | None = Field(default=None, gt=0, lt=1)
-    size: int | None = Field(default=None, gt=0)
+    bits: float | None = None
+    sparsity: float | None = None
+    size: int | None = None
     widths: tuple[int, ...] | None = None
     levels: tuple[float, ...] | None = None
     num_sequences: int = Field(default=16, ge=1)
@@ -69,10 +71,29 @@ class Search(BaseModel):
         """
         return min(max(self.num_sequences, self.num_measured), num_sequences // 2) or num_sequences
 
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _bits(cls, value: object) -> float | None:
+        number = _number(value)
+        if value is not None and (number is None or not 0 < number < math.inf):
+            raise ValueError(f"{str(value)!r} is no average of bits; give a number above 0 such as 3.3")
+        return number
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _sparsity(cls, value: object) -> float | None:
+        number = _number(value)
+        if value is not None and (number is None or not 0 < number < 1):
+            raise ValueError(f"{str(value)!r} is no sparsity; give a fraction between 0 and 1 such as 0.6")
+        return number
+
     @field_validator("size", mode="before")
     @classmethod
     def _size(cls, value: str | int | None) -> int | None:
-        return None if value is None else parse_size(value)
+        found = None if value is None else parse_size(value)
+        if found == 0:
+            raise ValueError(f"{str(value)!r} leaves no room; give a size such as 60MiB")
+        return found
 
     @field_validator("widths")
     @classmethod
@@ -100,3 +121,13 @@ class Search(BaseModel):
         if self.bits is not None and self.levels is not None:
             raise ValueError("levels are sparsities to choose from, bits a target for bits; give a sparsity or a size")
         return self
+
+
+def _number(value: object) -> float | None:
+    """What a text or number says; None: nothing that is a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

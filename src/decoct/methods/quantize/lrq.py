@@ -33,8 +33,8 @@ class LRQ(BlockLearning):
         batch_size: sequences in each.
         learning_rate: first step size, relative to a divisor; None is 1 / num_steps. It decays to zero.
         seed: of the order in which sequences are seen, and of U, which begins at random (L begins at zero).
-        rank: of L·U; None: a quarter of a matrix's smaller side. At most half of it, where L and U would hold as many
-            numbers as the matrix.
+        rank: of L·U, at most the smaller side of every matrix; None: a quarter of each one's. Where it is more than
+            half of a matrix's, half is taken: there L and U would hold as many numbers as the matrix.
     """
 
     key: ClassVar[str] = "lrq"
@@ -48,6 +48,14 @@ class LRQ(BlockLearning):
         BlockLearning.__post_init__(self)
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}; leave it out for a quarter of the width")
+
+    @override
+    def check_learned(self, shape: tuple[int, int]) -> None:
+        if self.rank is not None and self.rank > min(shape):
+            raise ValueError(
+                f"lrq: rank {self.rank} is more than a {shape[0]}x{shape[1]} matrix has; give at most {min(shape)}, or "
+                "leave it out for a quarter of each matrix's smaller side"
+            )
 
     @override
     def operations(self, entries: int, num_sequences: int, length: int) -> float:
