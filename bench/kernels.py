@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from decoct.native.library import library
 from decoct.ops.float_grid import encode_packed, fit_float_grid
 from decoct.ops.grid import Grid
 from decoct.runtime.kernels import linear
-from decoct.runtime.kernels.library import library
 from decoct.weights import Codebook, Dense, FloatBlock, GroupInt, Sparse, Ternary, Trellis, Weight
 from decoct.weights.trellis import sequences_of
 

@@ -7,8 +7,8 @@ import torch
 
 import decoct
 from decoct.model import open_model
+from decoct.native.library import library
 from decoct.runtime import kernels_of
-from decoct.runtime.kernels.library import library
 from tests.arch.test_families import our_logits
 from tests.hf.test_from_pretrained import QUANTIZE, compress
 from tests.tiny import save_model

@@ -13,6 +13,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = (
     {"version"},
+    {"native"},
     {"ops"},
     {"weights", "losses"},
     {"store", "arch", "stats"},

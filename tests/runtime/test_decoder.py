@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from decoct.model import open_model
+from decoct.native.library import library
 from decoct.runtime import decoder
 from decoct.runtime.decoder import Decoder
-from decoct.runtime.kernels.library import library
 from decoct.runtime.network import Feed
 from tests.engine.running import RTN, make_base, run
 from tests.tiny import CONFIGS, save_model

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from decoct.native.library import library
 from decoct.ops.grid import Grid
 from decoct.runtime import kernels
 from decoct.runtime.kernels.compiled import Compiled
-from decoct.runtime.kernels.library import library
 from decoct.weights import Codebook, Dense, GroupInt, Sparse, Trellis, Weight
 from decoct.weights.trellis import sequences_of
 from tests.weights.samples import samples
@@ -335,7 +335,7 @@ def test_it_says_once_that_there_are_no_kernels(
     another_library: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     another_library("")
-    monkeypatch.setattr("decoct.runtime.kernels.library.FOLDER", tmp_path)
+    monkeypatch.setattr("decoct.native.library.FOLDER", tmp_path)
     with pytest.warns(UserWarning, match="without its compiled kernels") as said:
         first, second = (kernels.linear(Dense.of(inputs(2, 2))) for _ in range(2))
     assert first.kernel == second.kernel == "unpack"

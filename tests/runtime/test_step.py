@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from decoct.model import open_model
+from decoct.native.library import LEVELS, library
 from decoct.runtime.decoder import Decoder
 from decoct.runtime.kernels import Unpacking
-from decoct.runtime.kernels.library import LEVELS, library
 from decoct.runtime.network import Feed
 from decoct.weights import Dense
 from tests.engine.running import RTN, make_base, run

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from decoct.arch.attention import use_compiled_attention
 from decoct.arch.schema import Config, Family, Slot
 
 Tensors = Mapping[str, Tensor]
@@ -106,6 +107,7 @@ class Skeleton:
         """
         self.family = family
         self._model = _empty_model(config)
+        use_compiled_attention(self._model)
         layers = self._model.get_submodule(family.blocks)
         assert isinstance(layers, nn.ModuleList)
         self.blocks: list[nn.Module] = list(layers)

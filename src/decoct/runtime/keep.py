@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from decoct.methods import CacheMethod, Place
+from decoct.native.attention import attend_prompt
 from decoct.runtime.anatomy import Anatomy
 from decoct.runtime.cache import BlockCache
-from decoct.runtime.kernels.attention import attend_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decoct.native.library import FLOATS, LEVELS, TYPES, Library, Matrix, library
 from decoct.runtime.keep import StaticKeep
 from decoct.runtime.kernels import Product
 from decoct.runtime.kernels.compiled import Compiled
 from decoct.runtime.kernels.composed import Composed
-from decoct.runtime.kernels.library import FLOATS, LEVELS, TYPES, Library, Matrix, library
 from decoct.runtime.linears import Linear
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from decoct.native.library import Library, library
 from decoct.runtime.kernels import layouts
 from decoct.runtime.kernels.compiled import Compiled
 from decoct.runtime.kernels.composed import Composed, Gathered
-from decoct.runtime.kernels.library import Library, library
 from decoct.runtime.kernels.product import Product, Unpacking
 from decoct.weights import (
     Columns,

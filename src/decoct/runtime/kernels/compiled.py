@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from typing_extensions import override
 
-from decoct.runtime.kernels.library import FLOATS, LEVELS, TYPES, Layout, Library, Matrix
+from decoct.native.library import FLOATS, LEVELS, TYPES, Layout, Library, Matrix
 from decoct.runtime.kernels.product import MOST_DIRECT, Product
 
 BLOCK = 16

@@ -4,12 +4,12 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from decoct.native.library import FLOATS, Layout, Library
 from decoct.ops.minifloat import ELEMENTS, decode
 from decoct.ops.packing import pack_bits, unpack_bits
 from decoct.ops.trellis import shortest, window_values
 from decoct.ops.trits import unpack_trits
 from decoct.runtime.kernels.compiled import BLOCK, Compiled
-from decoct.runtime.kernels.library import FLOATS, Layout, Library
 from decoct.weights import (
     Additive,
     Binary,

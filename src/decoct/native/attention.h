@@ -5,14 +5,19 @@
 
 extern "C" {
 
+// The numbers of a head and token lie one after the other; heads and tokens as many numbers apart as it says.
+struct DecoctHeads {
+  const void* numbers;
+  int64_t head, token;
+};
+
 struct DecoctAttention {
   int32_t type;  // of all numbers
-  int64_t heads, kv_heads, head_size, tokens, seen, query_stride, key_stride;
+  int64_t heads, kv_heads, head_size, tokens, seen;
   int64_t window;  // tokens that one sees, itself among them; 0: all
   float scale, score_cap;
-  const void* queries;         // [tokens][heads][head_size], tokens `query_stride` numbers apart
-  const void *keys, *values;   // [kv_heads][seen][head_size], heads `key_stride` numbers apart; the last are the tokens' own
-  void* out;                   // [tokens][heads][head_size]
+  DecoctHeads queries, keys, values;  // of the tokens; of all seen, the tokens' own last
+  void* out;                          // [tokens][heads][head_size]
 };
 }
 

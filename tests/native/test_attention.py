@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoct.runtime.kernels import attention
-from decoct.runtime.kernels.attention import attend_prompt
-from decoct.runtime.kernels.library import library
+from decoct.native import attention
+from decoct.native.attention import attend_prompt
+from decoct.native.library import library
 
 FOUND = library()
 LEVELS = FOUND.levels if FOUND else ()

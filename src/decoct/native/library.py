@@ -13,7 +13,7 @@ from torch import Tensor
 
 VERSION = 8  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
-FOLDER = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent
 WHERE = "DECOCT_KERNELS"
 """Environment variable: a library somewhere else, or `none` to go without."""
 
@@ -60,17 +60,21 @@ class Matrix(Structure):
     )
 
 
+class Heads(Structure):
+    """DecoctHeads in attention.h, field by field."""
+
+    _fields_ = (("numbers", c_void_p), ("head", c_int64), ("token", c_int64))
+
+
 class Attention(Structure):
-    """DecoctAttention in native/attention.h, field by field."""
+    """DecoctAttention in attention.h, field by field."""
 
     _fields_ = (
         ("type", c_int32),
-        *(
-            (name, c_int64)
-            for name in ("heads", "kv_heads", "head_size", "tokens", "seen", "query_stride", "key_stride", "window")
-        ),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_size", "tokens", "seen", "window")),
         *((name, c_float) for name in ("scale", "score_cap")),
-        *((name, c_void_p) for name in ("queries", "keys", "values", "out")),
+        *((name, Heads) for name in ("queries", "keys", "values")),
+        ("out", c_void_p),
     )
 
 

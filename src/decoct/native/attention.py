@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decoct.runtime.kernels.library import FLOATS, LEVELS, TYPES, Attention, library
+from decoct.native.library import FLOATS, LEVELS, TYPES, Attention, Heads, library
 
 
 def attend_prompt(
@@ -37,22 +37,21 @@ def attend_prompt(
     kernels.attend(
         Attention(
             type=TYPES[queries.dtype], heads=heads, kv_heads=keys.shape[0], head_size=channels, tokens=tokens,
-            seen=keys.shape[1], query_stride=queries.stride(0), key_stride=keys.stride(0), window=window or 0,
-            scale=scale, score_cap=score_cap or 0.0, queries=queries.data_ptr(), keys=keys.data_ptr(),
-            values=values.data_ptr(), out=out.data_ptr(),
+            seen=keys.shape[1], window=window or 0, scale=scale, score_cap=score_cap or 0.0,
+            queries=_heads(queries.transpose(0, 1)), keys=_heads(keys), values=_heads(values), out=out.data_ptr(),
         ),
         LEVELS.index(kernels.levels[-1]),
     )  # fmt: skip
     return out
 
 
-def _readable(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether channels of a token, and tokens of a head, lie one after the other."""
-    channels = queries.shape[2]
-    return (
-        all(each.dtype == queries.dtype and each.device.type == "cpu" for each in (queries, keys, values))
-        and queries.dtype in FLOATS
-        and queries.stride()[1:] == (channels, 1)
-        and keys.stride()[1:] == (channels, 1)
-        and values.stride() == keys.stride()
+def _readable(*tensors: Tensor) -> bool:
+    """Whether the kernels know the dtype, and channels lie one after the other."""
+    dtype = tensors[0].dtype
+    return dtype in FLOATS and all(
+        each.dtype == dtype and each.device.type == "cpu" and each.stride(2) == 1 for each in tensors
     )
+
+
+def _heads(tensor: Float[Tensor, "heads tokens channels"]) -> Heads:
+    return Heads(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))

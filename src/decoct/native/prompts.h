@@ -67,16 +67,16 @@ DECOCT_INLINE float raise(float* scores, int64_t count, int32_t type) {
 }
 
 void pack_head(const DecoctAttention& a, int64_t head, int64_t first, int64_t last, float* keys, float* values) {
-  const int64_t size = a.head_size, all = rounded_up(a.seen, kAbreast), start = head * a.key_stride;
+  const int64_t size = a.head_size, all = rounded_up(a.seen, kAbreast);
   for (int64_t p = first; p < last; p += 16)
     for (int64_t c = 0; c < rounded_up(size, kAbreast); c += 16) {
       Floats block[16] = {};
       for (int r = 0; r < 16; ++r) {
-        const int64_t at = start + (p + r) * size + c;
+        const auto at = [&](const DecoctHeads& from) { return head * from.head + (p + r) * from.token + c; };
         const bool real = p + r < a.seen && c < size;
         store(values + c / kAbreast * kAbreast * all + (p + r) * kAbreast + c % kAbreast,
-              real ? load_some(a.values, at, a.type, size - c) : Floats{});
-        if (real) block[r] = load_some(a.keys, at, a.type, size - c);
+              real ? load_some(a.values.numbers, at(a.values), a.type, size - c) : Floats{});
+        if (real) block[r] = load_some(a.keys.numbers, at(a.keys), a.type, size - c);
       }
       transpose(block);
       float* to = keys + p / kAbreast * kAbreast * size + p % kAbreast;
@@ -96,9 +96,9 @@ void attend_prompt(const DecoctAttention& a, int64_t head, int64_t first, int64_
     for (int64_t i = 0; i < kTall; ++i)
       for (int64_t c = 0; c < size; ++c) query[i * size + c] = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = (row + i) / group * a.query_stride + (head * group + (row + i) % group) * size;
+      const int64_t at = (row + i) / group * a.queries.token + (head * group + (row + i) % group) * a.queries.head;
       for (int64_t c = 0; c < size; c += 16)
-        store_some(query, i * size + c, DECOCT_F32, load_some(a.queries, at + c, a.type, size - c) * a.scale, size - c);
+        store_some(query, i * size + c, DECOCT_F32, load_some(a.queries.numbers, at + c, a.type, size - c) * a.scale, size - c);
     }
     for (int64_t p = begin; p < end; p += kAbreast) {
       Tile sums = {};
