@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from decoct.native import attention
-from decoct.native.attention import attend_prompt
+from decoct.native.attention import attend
 from decoct.native.library import library
 
 FOUND = library()
@@ -31,14 +31,14 @@ def exact(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, score_cap: float | None, window: int | None
 ) -> Tensor:
     """In float64, with all scores at once."""
-    (tokens, heads, _), seen = queries.shape, keys.shape[1]
-    keys, values = (each.double().repeat_interleave(heads // len(each), 0) for each in (keys, values))
-    scores = torch.einsum("thc,hsc->hts", queries.double(), keys) * scale
+    (heads, tokens, _), seen = queries.shape[1:], keys.shape[2]
+    keys, values = (each.double().repeat_interleave(heads // each.shape[1], 1) for each in (keys, values))
+    scores = queries.double() @ keys.transpose(2, 3) * scale
     if score_cap is not None:
         scores = torch.tanh(scores / score_cap) * score_cap
     at, other = torch.arange(seen - tokens, seen).unsqueeze(1), torch.arange(seen)
     visible = (other <= at) & (other > at - (window or seen))
-    return torch.einsum("hts,hsc->thc", torch.softmax(scores.masked_fill(~visible, -torch.inf), -1), values)
+    return (torch.softmax(scores.masked_fill(~visible, -torch.inf), -1) @ values).transpose(1, 2)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -49,9 +49,9 @@ def test_every_level(level: str, dtype: torch.dtype, score_cap: float | None, mo
     monkeypatch.setattr(FOUND, "levels", (level,))
     for tokens, seen, heads, kv_heads, channels, window in SHAPES:
         # As a decoder's cache holds them: room for more tokens behind those seen; and keys beside queries.
-        queries = drawn(tokens, heads + 2, channels, seed=0, dtype=dtype)[:, :heads]
-        keys, values = (drawn(kv_heads, seen + 9, channels, seed=k, dtype=dtype)[:, :seen] for k in (1, 2))
-        found = attend_prompt(queries, keys, values, scale=0.3, score_cap=score_cap, window=window)
+        queries = drawn(2, tokens, heads + 2, channels, seed=0, dtype=dtype)[:, :, :heads].transpose(1, 2)
+        keys, values = (drawn(2, kv_heads, seen + 9, channels, seed=k, dtype=dtype)[:, :, :seen] for k in (1, 2))
+        found = attend(queries, keys, values, scale=0.3, score_cap=score_cap, window=window)
         wanted = exact(queries, keys, values, 0.3, score_cap, window)
         assert found is not None
         assert found.dtype == dtype
@@ -60,24 +60,57 @@ def test_every_level(level: str, dtype: torch.dtype, score_cap: float | None, mo
         torch.testing.assert_close(found.double(), wanted, rtol=eps, atol=5e-6 if dtype == torch.float32 else eps)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FOUND is not None
+    monkeypatch.setattr(FOUND, "levels", (level,))
+    for _, seen, heads, kv_heads, channels, window in SHAPES:
+        given = (
+            drawn(2, seen, heads, channels, seed=0, dtype=dtype).transpose(1, 2),
+            *(drawn(2, kv_heads, seen, channels, seed=k, dtype=dtype) for k in (1, 2)),
+        )
+        upstream = drawn(2, seen, heads, channels, seed=3, dtype=dtype)
+        ours = [each.clone().requires_grad_() for each in given]
+        found = attend(*ours, scale=0.3, window=window)
+        assert found is not None
+        found.backward(upstream)
+        theirs = [each.double().requires_grad_() for each in given]
+        exact(*theirs, 0.3, None, window).backward(upstream.double())
+        # What is rounded on the way to 16 bits: shares, and the result that the gradients are made of.
+        eps = torch.finfo(dtype).eps
+        largest = max(float(each.grad.abs().max()) for each in theirs if each.grad is not None)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.grad is not None
+            assert other.grad is not None
+            limit = (4e-6 if dtype == torch.float32 else 2 * eps) * largest
+            torch.testing.assert_close(mine.grad.double(), other.grad, rtol=eps, atol=limit)
+
+
 def test_threads_do_not_matter() -> None:
-    queries, keys = drawn(65, 6, 32, seed=0, dtype=torch.float32), drawn(2, 65, 32, seed=1, dtype=torch.float32)
-    settings = {"scale": 0.2, "score_cap": None, "window": None}
-    torch.set_num_threads(1)
-    alone = attend_prompt(queries, keys, keys, **settings)
-    torch.set_num_threads(3)
-    together = attend_prompt(queries, keys, keys, **settings)
-    assert alone is not None
-    assert together is not None
-    assert torch.equal(alone, together)
+    queries, keys = drawn(2, 6, 65, 32, seed=0, dtype=torch.float32), drawn(2, 2, 65, 32, seed=1, dtype=torch.float32)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        mine = queries.clone().requires_grad_(), keys.clone().requires_grad_()
+        out = attend(*mine, keys, scale=0.2)
+        assert out is not None
+        out.square().sum().backward()
+        found.append([out.detach(), mine[0].grad, mine[1].grad])
+    for alone, together in zip(*found, strict=True):
+        assert alone is not None
+        assert together is not None
+        assert torch.equal(alone, together)
 
 
 def test_what_the_kernels_cannot_read_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, keys = drawn(4, 2, 8, seed=0, dtype=torch.float32), drawn(2, 4, 8, seed=1, dtype=torch.float32)
-    settings = {"scale": 1.0, "score_cap": None, "window": None}
-    apart = drawn(2, 4, 16, seed=1, dtype=torch.float32)[:, :, ::2]
-    assert attend_prompt(queries, apart, apart, **settings) is None
-    assert attend_prompt(queries, keys, keys.double(), **settings) is None
-    assert attend_prompt(queries.double(), keys.double(), keys.double(), **settings) is None
+    queries, keys = drawn(1, 2, 4, 8, seed=0, dtype=torch.float32), drawn(1, 2, 4, 8, seed=1, dtype=torch.float32)
+    apart = drawn(1, 2, 4, 16, seed=1, dtype=torch.float32)[..., ::2]
+    assert attend(queries, apart, apart, scale=1.0) is None
+    assert attend(queries, keys, keys.double(), scale=1.0) is None
+    assert attend(queries.double(), keys.double(), keys.double(), scale=1.0) is None
+    learned = queries.clone().requires_grad_()
+    assert attend(learned, keys, keys, scale=1.0, score_cap=2.0) is None
+    assert attend(learned[:, :, 2:], keys, keys, scale=1.0) is None
     monkeypatch.setattr(attention, "library", lambda: None)
-    assert attend_prompt(queries, keys, keys, **settings) is None
+    assert attend(queries, keys, keys, scale=1.0) is None

@@ -5,10 +5,9 @@ On CPUs most of a small model's pass is torch's attention; the kernels take a th
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from decoct.native import attend_prompt, library
+from decoct.native import attend, library
 
 NAME = "decoct"
 """As transformers calls it."""
@@ -38,7 +37,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """[batch, tokens, heads, channels] of queries [batch, heads, tokens, channels], as transformers asks for it.
 
-    Masks, dropout, and what is differentiated are left to torch.
+    Masks and dropout are left to torch.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -49,17 +48,12 @@ def _attention(
         and not settings.get("dropout")
         and settings.get("position_bias") is None
         and query.shape[2] == key.shape[2] > 1
-        and not (torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)))
     )
     if plain:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        found = [
-            attend_prompt(q.transpose(0, 1), k, v, scale=scale, score_cap=None, window=None)
-            for q, k, v in zip(query, key, value, strict=True)
-        ]
-        done = [each for each in found if each is not None]
-        if len(done) == len(found):
-            return torch.stack(done), None
+        found = attend(query, key, value, scale=scale)
+        if found is not None:
+            return found, None
     theirs: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **settings
     )

@@ -21,14 +21,25 @@ DECOCT_EXPORT void decoct_attend(const DecoctAttention* attention, int32_t threa
   static thread_local std::vector<float> packed;
   packed.resize(all * (a.head_size + rounded_up(a.head_size, kAbreast)));
   float *keys = packed.data(), *values = keys + all * a.head_size;
-  for (int64_t head = 0; head < a.kv_heads; ++head) {
+  for (int64_t each = 0; each < a.sequences * a.kv_heads; ++each) {
+    const Head of{each / a.kv_heads, each % a.kv_heads};
     Pool::shared().share(all / kAbreast, 1, threads, [&](int64_t first, int64_t last) {
-      prompts.pack(a, head, first * kAbreast, last * kAbreast, keys, values);
+      prompts.pack(a, of, first * kAbreast, last * kAbreast, keys, values);
     });
     Pool::shared().share(rows, 4 * prompts.tall, threads, [&](int64_t first, int64_t last) {
       static thread_local std::vector<float> room;
       room.resize(prompt_room(a, prompts.tall));
-      prompts.attend(a, head, first, last, keys, values, room.data());
+      prompts.attend(a, of, first, last, keys, values, room.data());
     });
   }
+}
+
+DECOCT_EXPORT void decoct_attend_backward(const DecoctAttentionGradient* gradient, int32_t threads, int32_t number) {
+  const DecoctAttention& a = gradient->forward;
+  const Prompts& prompts = *level_of(number).prompts;
+  Pool::shared().share(a.sequences * a.kv_heads, 1, threads, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<float> room;
+    room.resize(gradient_room(a, prompts.tall));
+    for (int64_t each = first; each < last; ++each) prompts.differentiate(*gradient, {each / a.kv_heads, each % a.kv_heads}, room.data());
+  });
 }

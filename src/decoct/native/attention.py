@@ -1,22 +1,26 @@
-"""Attention of a prompt's tokens by the compiled kernels."""
+"""Causal attention of many tokens by the compiled kernels, and its gradients."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
-from decoct.native.library import FLOATS, LEVELS, TYPES, Attention, Heads, library
+from decoct.native.library import FLOATS, TYPES, Attention, AttentionGradient, Heads, library
 
 
-def attend_prompt(
-    queries: Float[Tensor, "tokens heads channels"],
-    keys: Float[Tensor, "kv_heads seen channels"],
-    values: Float[Tensor, "kv_heads seen channels"],
+def attend(
+    queries: Float[Tensor, "sequences heads tokens channels"],
+    keys: Float[Tensor, "sequences kv_heads seen channels"],
+    values: Float[Tensor, "sequences kv_heads seen channels"],
     *,
     scale: float,
-    score_cap: float | None,
-    window: int | None,
-) -> Float[Tensor, "tokens heads channels"] | None:
-    """Causal attention of a sequence's newest tokens, in float32; only what a softmax gives is rounded, as torch does.
+    score_cap: float | None = None,
+    window: int | None = None,
+) -> Float[Tensor, "sequences tokens heads channels"] | None:
+    """Causal attention of each sequence's newest tokens, in float32; but a softmax is rounded, as torch does.
 
     Args:
         queries: of any float dtype, as are the others.
@@ -27,31 +31,97 @@ def attend_prompt(
         window: tokens that one sees, itself among them; None: all.
 
     Returns:
-        What was found, or None where the kernels cannot read the tensors as they lie.
+        What was found; None where the kernels cannot read the tensors as they lie, or cannot differentiate (caps, and
+        sequences of which only the newest tokens are asked for).
     """
-    kernels = library()
-    tokens, heads, channels = queries.shape
-    if kernels is None or not _readable(queries, keys, values):
+    if library() is None or not _readable(queries, keys, values):
         return None
-    out = torch.empty(tokens, heads, channels, dtype=queries.dtype)
-    kernels.attend(
-        Attention(
-            type=TYPES[queries.dtype], heads=heads, kv_heads=keys.shape[0], head_size=channels, tokens=tokens,
-            seen=keys.shape[1], window=window or 0, scale=scale, score_cap=score_cap or 0.0,
-            queries=_heads(queries.transpose(0, 1)), keys=_heads(keys), values=_heads(values), out=out.data_ptr(),
-        ),
-        LEVELS.index(kernels.levels[-1]),
-    )  # fmt: skip
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
+        if score_cap is not None or queries.shape[2] != keys.shape[2]:
+            return None
+        differentiable: Tensor = _Differentiable.apply(queries, keys, values, scale, window)  # type: ignore[no-untyped-call]
+        return differentiable
+    return _attend(queries, keys, values, scale, score_cap, window, None)
+
+
+class _Differentiable(torch.autograd.Function):
+    """Attention of whole sequences, which remembers the sums of its softmax instead of its scores."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        levels = torch.empty(queries.shape[:3], dtype=torch.float32)
+        out = _attend(queries, keys, values, scale, None, window, levels)
+        ctx.save_for_backward(queries, keys, values, out, levels)
+        ctx.scale, ctx.window = scale, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, out, levels = ctx.saved_tensors
+        given = gradients[0] if gradients[0].stride(3) == 1 else gradients[0].contiguous()
+        found = [
+            torch.empty_like(each.transpose(1, 2), memory_format=torch.contiguous_format)
+            for each in (queries, keys, values)
+        ]
+        kernels = library()
+        assert kernels is not None
+        kernels.attend_backward(
+            AttentionGradient(
+                forward=_described(queries, keys, values, ctx.scale, None, ctx.window, out, levels),
+                out=_heads(given.transpose(1, 2)), queries=found[0].data_ptr(), keys=found[1].data_ptr(),
+                values=found[2].data_ptr(),
+            )
+        )  # fmt: skip
+        return *(each.transpose(1, 2) for each in found), None, None
+
+
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    score_cap: float | None,
+    window: int | None,
+    levels: Tensor | None,
+) -> Float[Tensor, "sequences tokens heads channels"]:
+    sequences, heads, tokens, channels = queries.shape
+    out = torch.empty(sequences, tokens, heads, channels, dtype=queries.dtype)
+    kernels = library()
+    assert kernels is not None
+    kernels.attend(_described(queries, keys, values, scale, score_cap, window, out, levels))
     return out
+
+
+def _described(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    score_cap: float | None,
+    window: int | None,
+    out: Tensor,
+    levels: Tensor | None,
+) -> Attention:
+    """As the kernels want it told; the tensors have to live on until they are done."""
+    sequences, heads, tokens, channels = queries.shape
+    return Attention(
+        type=TYPES[queries.dtype], sequences=sequences, heads=heads, kv_heads=keys.shape[1], head_size=channels,
+        tokens=tokens, seen=keys.shape[2], window=window or 0, scale=scale, score_cap=score_cap or 0.0,
+        queries=_heads(queries), keys=_heads(keys), values=_heads(values), out=out.data_ptr(),
+        levels=None if levels is None else levels.data_ptr(),
+    )  # fmt: skip
 
 
 def _readable(*tensors: Tensor) -> bool:
     """Whether the kernels know the dtype, and channels lie one after the other."""
     dtype = tensors[0].dtype
     return dtype in FLOATS and all(
-        each.dtype == dtype and each.device.type == "cpu" and each.stride(2) == 1 for each in tensors
+        each.dtype == dtype and each.device.type == "cpu" and each.stride(3) == 1 for each in tensors
     )
 
 
-def _heads(tensor: Float[Tensor, "heads tokens channels"]) -> Heads:
-    return Heads(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+def _heads(tensor: Float[Tensor, "sequences heads tokens channels"]) -> Heads:
+    return Heads(tensor.data_ptr(), *tensor.stride()[:3])

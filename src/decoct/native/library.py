@@ -63,7 +63,7 @@ class Matrix(Structure):
 class Heads(Structure):
     """DecoctHeads in attention.h, field by field."""
 
-    _fields_ = (("numbers", c_void_p), ("head", c_int64), ("token", c_int64))
+    _fields_ = (("numbers", c_void_p), ("sequence", c_int64), ("head", c_int64), ("token", c_int64))
 
 
 class Attention(Structure):
@@ -71,10 +71,20 @@ class Attention(Structure):
 
     _fields_ = (
         ("type", c_int32),
-        *((name, c_int64) for name in ("heads", "kv_heads", "head_size", "tokens", "seen", "window")),
+        *((name, c_int64) for name in ("sequences", "heads", "kv_heads", "head_size", "tokens", "seen", "window")),
         *((name, c_float) for name in ("scale", "score_cap")),
         *((name, Heads) for name in ("queries", "keys", "values")),
-        ("out", c_void_p),
+        *((name, c_void_p) for name in ("out", "levels")),
+    )
+
+
+class AttentionGradient(Structure):
+    """DecoctAttentionGradient in attention.h, field by field."""
+
+    _fields_ = (
+        ("forward", Attention),
+        ("out", Heads),
+        *((name, c_void_p) for name in ("queries", "keys", "values")),
     )
 
 
@@ -113,6 +123,9 @@ class Library:
         self._unpack.restype = None
         self._attend = self._functions.decoct_attend
         self._attend.argtypes, self._attend.restype = [POINTER(Attention), c_int32, c_int32], None
+        self._attend_backward = self._functions.decoct_attend_backward
+        self._attend_backward.argtypes = [POINTER(AttentionGradient), c_int32, c_int32]
+        self._attend_backward.restype = None
         self.step = self._functions.decoct_step
         """One more token for some sequences; see step.py."""
         self.step.argtypes = [c_void_p, c_void_p, POINTER(c_int64), POINTER(c_int64), c_int64, c_void_p]
@@ -132,9 +145,13 @@ class Library:
         type_, threads = TYPES[x.dtype], torch.get_num_threads()
         self._rounded(byref(matrix), x.data_ptr(), type_, x.shape[0], out.data_ptr(), threads, level)
 
-    def attend(self, attention: Attention, level: int) -> None:
-        """Attention of a prompt's tokens, written to its `out`."""
-        self._attend(byref(attention), torch.get_num_threads(), level)
+    def attend(self, attention: Attention) -> None:
+        """Attention of many tokens, written to its `out`; at the fastest level."""
+        self._attend(byref(attention), torch.get_num_threads(), LEVELS.index(self.levels[-1]))
+
+    def attend_backward(self, gradient: AttentionGradient) -> None:
+        """The gradients, written to what it points to."""
+        self._attend_backward(byref(gradient), torch.get_num_threads(), LEVELS.index(self.levels[-1]))
 
     def unpack(self, matrix: Matrix, blocks: range, out: Tensor, level: int) -> None:
         """Rows of blocks of 16 into `out` [rows, cols], contiguous, of one of FLOATS."""

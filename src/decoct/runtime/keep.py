@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from decoct.methods import CacheMethod, Place
-from decoct.native.attention import attend_prompt
+from decoct.native import attend as native_attend
 from decoct.runtime.anatomy import Anatomy
 from decoct.runtime.cache import BlockCache
 
@@ -130,7 +130,10 @@ def attend(
     """Causal attention of a sequence's newest tokens, whose own keys come last among those seen."""
     count, seen = queries.shape[0], keys.shape[1]
     if count > 1:
-        compiled = attend_prompt(queries, keys, values, scale=form.scale, score_cap=form.score_cap, window=window)
+        compiled = native_attend(
+            queries.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0),
+            scale=form.scale, score_cap=form.score_cap, window=window,
+        )  # fmt: skip
         if compiled is not None:
             return compiled.reshape(count, -1)
     plain = count == seen and (window is None or count <= window)
