@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, whoever does that first
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decoct.native import attend, library
+from decoct.native import attend
+from decoct.native.library import library
 
 NAME = "decoct"
 """As transformers calls it."""

@@ -34,7 +34,7 @@ def attend(
         What was found; None where the kernels cannot read the tensors as they lie, or cannot differentiate (caps, and
         sequences of which only the newest tokens are asked for).
     """
-    if library() is None or not _readable(queries, keys, values):
+    if library() is None or values.shape != keys.shape or not _readable(queries, keys, values):
         return None
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
         if score_cap is not None or queries.shape[2] != keys.shape[2]:
