@@ -14,7 +14,7 @@ from decoct.weights import GroupInt, Weight
 _TOKENS = 16  # of inputs that a program multiplies with: what a tensor core takes at least
 _MOST_COLS, _LEAST_COLS = 128, 16  # of a row that a program reads at a time
 _ROWS = 16
-_DEVICES = ("cuda",)  # tests add the CPU: Triton interprets kernels there if TRITON_INTERPRET is set when it is imported
+_DEVICES = ("cuda",)  # tests add the CPU, where Triton interprets kernels if told so before it is imported
 
 
 def linear_on_gpu(weight: Weight, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
