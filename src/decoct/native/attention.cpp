@@ -1,7 +1,7 @@
 // Attention of a prompt's tokens on several threads.
 #include "attention.h"
 
-#include <vector>
+#include <memory>
 
 #include "pool.h"
 #include "product.h"
@@ -18,18 +18,16 @@ DECOCT_EXPORT void decoct_attend(const DecoctAttention* attention, int32_t threa
   const DecoctAttention& a = *attention;
   const Prompts& prompts = *level_of(number).prompts;
   const int64_t all = rounded_up(a.seen, kAbreast), rows = a.tokens * (a.heads / a.kv_heads);
-  static thread_local std::vector<float> packed;
-  packed.resize(all * (a.head_size + rounded_up(a.head_size, kAbreast)));
-  float *keys = packed.data(), *values = keys + all * a.head_size;
+  const std::unique_ptr<float[]> packed(new float[all * (a.head_size + rounded_up(a.head_size, kAbreast))]);
+  float *keys = packed.get(), *values = keys + all * a.head_size;
   for (int64_t each = 0; each < a.sequences * a.kv_heads; ++each) {
     const Head of{each / a.kv_heads, each % a.kv_heads};
     Pool::shared().share(all / kAbreast, 1, threads, [&](int64_t first, int64_t last) {
       prompts.pack(a, of, first * kAbreast, last * kAbreast, keys, values);
     });
     Pool::shared().share(rows, 4 * prompts.tall, threads, [&](int64_t first, int64_t last) {
-      static thread_local std::vector<float> room;
-      room.resize(prompt_room(a, prompts.tall));
-      prompts.attend(a, of, first, last, keys, values, room.data());
+      const std::unique_ptr<float[]> room(new float[prompt_room(a, prompts.tall)]);
+      prompts.attend(a, of, first, last, keys, values, room.get());
     });
   }
 }
@@ -38,8 +36,7 @@ DECOCT_EXPORT void decoct_attend_backward(const DecoctAttentionGradient* gradien
   const DecoctAttention& a = gradient->forward;
   const Prompts& prompts = *level_of(number).prompts;
   Pool::shared().share(a.sequences * a.kv_heads, 1, threads, [&](int64_t first, int64_t last) {
-    static thread_local std::vector<float> room;
-    room.resize(gradient_room(a, prompts.tall));
-    for (int64_t each = first; each < last; ++each) prompts.differentiate(*gradient, {each / a.kv_heads, each % a.kv_heads}, room.data());
+    const std::unique_ptr<float[]> room(new float[gradient_room(a, prompts.tall)]);
+    for (int64_t each = first; each < last; ++each) prompts.differentiate(*gradient, {each / a.kv_heads, each % a.kv_heads}, room.get());
   });
 }

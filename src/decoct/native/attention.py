@@ -10,6 +10,8 @@ from typing_extensions import override
 
 from decoct.native.library import FLOATS, TYPES, Attention, AttentionGradient, Heads, library
 
+_FASTER = ("avx2", "avx512", "avx512bf16")  # than torch; at other levels torch attends
+
 
 def attend(
     queries: Float[Tensor, "sequences heads tokens channels"],
@@ -20,7 +22,7 @@ def attend(
     score_cap: float | None = None,
     window: int | None = None,
 ) -> Float[Tensor, "sequences tokens heads channels"] | None:
-    """Causal attention of each sequence's newest tokens, in float32; but a softmax is rounded, as torch does.
+    """Causal attention of each sequence's newest tokens, in float32; but a softmax is rounded, as torch's is.
 
     Args:
         queries: of any float dtype, as are the others.
@@ -34,7 +36,12 @@ def attend(
         What was found; None where the kernels cannot read the tensors as they lie, or cannot differentiate (caps, and
         sequences of which only the newest tokens are asked for).
     """
-    if library() is None or values.shape != keys.shape or not _readable(queries, keys, values):
+    assert queries.shape[1] % keys.shape[1] == 0
+    assert queries.shape[2] <= keys.shape[2]
+    kernels = library()
+    if kernels is None or kernels.levels[-1] not in _FASTER or values.shape != keys.shape:
+        return None
+    if not _readable(queries, keys, values):
         return None
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
         if score_cap is not None or queries.shape[2] != keys.shape[2]:

@@ -52,8 +52,8 @@ struct Raised {
   float largest, sum;
 };
 
-// e**(score - the largest of them), rounded to the type. As torch: what they are multiplied with sees rounded numbers, their
-// sum does not.
+// e**(score - the largest of them), rounded to the type. As torch's fused attention: what they are multiplied with sees
+// rounded numbers, their sum does not.
 DECOCT_INLINE Raised raise(float* scores, int64_t count, int32_t type) {
   Floats most = Floats{} - INFINITY, total = {};
   for (int64_t p = 0; p < count; p += 16) {
@@ -63,7 +63,7 @@ DECOCT_INLINE Raised raise(float* scores, int64_t count, int32_t type) {
   float largest = most[0];
   for (int i = 1; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
   for (int64_t p = 0; p < count; p += 16) {
-    const Floats s = load<Floats>(scores + p), share = s > Floats{} - INFINITY ? exponential(s - largest) : Floats{};
+    const Floats s = load<Floats>(scores + p), share = s == Floats{} - INFINITY ? Floats{} : exponential(s - largest);  // a NaN stays one
     total += share;
     store(scores + p, rounded_share(share, type));
   }
@@ -169,8 +169,12 @@ void attend_prompt(const DecoctAttention& a, Head of, int64_t first, int64_t las
       float* mine = scores + i * all;
       if (a.score_cap > 0) cap(mine + some.begin, some.end - some.begin, a.score_cap);
       some.hide(i, -INFINITY, mine);
-      const Raised raised = raise(mine + some.begin, some.end - some.begin, a.type);
+      const Raised raised = raise(mine + some.begin, some.end - some.begin, a.score_cap > 0 ? (int32_t)DECOCT_F32 : a.type);
       factors[i] = 1.0f / raised.sum;
+      if (a.score_cap > 0) {  // as torch's plain softmax, which models with a cap use: shares are rounded last
+        for (int64_t p = some.begin; p < some.end; p += 16) store(mine + p, rounded_share(load<Floats>(mine + p) * factors[i], a.type));
+        factors[i] = 1.0f;
+      }
       if (a.levels) a.levels[some.level(i)] = raised.largest + std::log(raised.sum);
     }
     some.gather(scores, values, found);
@@ -230,7 +234,7 @@ void differentiate_head(const DecoctAttentionGradient& g, Head of, float* room) 
       const float mean = sum_lanes(products), level = a.levels[some.level(i)];
       some.hide(i, -INFINITY, mine);
       for (int64_t p = some.begin; p < some.end; p += 16) {
-        const Floats s = load<Floats>(mine + p), share = s > Floats{} - INFINITY ? exponential(s - level) : Floats{};
+        const Floats s = load<Floats>(mine + p), share = s == Floats{} - INFINITY ? Floats{} : exponential(s - level);
         store(mine + p, share);
         store(change + p, share * (load<Floats>(change + p) - mean));
       }

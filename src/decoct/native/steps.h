@@ -138,7 +138,7 @@ DECOCT_INLINE void soften(float* scores, int64_t seen) {
   float largest = most[0];
   for (int i = 1; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
   for (int64_t p = 0; p < seen; p += 16) {
-    const Floats s = load<Floats>(scores + p), share = s > Floats{} - INFINITY ? exponential(s - largest) : Floats{};
+    const Floats s = load<Floats>(scores + p), share = s == Floats{} - INFINITY ? Floats{} : exponential(s - largest);  // a NaN stays one
     total += share;
     store(scores + p, share);
   }
