@@ -29,8 +29,8 @@ from decoct.store import FolderSource, atomic_path
 from decoct.training.processes import num_processes, process_number
 from decoct.training.together import compress_together
 
-_CHECKED_BYTES = 20 * 10**9
-"""A plan reads weights that take no more than this, to see whether they are damaged: seconds."""
+_CHECKED_BYTES = 4 * 10**9
+"""A plan reads weights that take no more than this, to see whether they are damaged: some seconds."""
 
 RecipeLike = str | Path | dict[str, Any] | Sequence[str | Path | dict[str, Any]]
 """A preset's name, a recipe file, a recipe as data, or several of these to run one after another."""

@@ -35,7 +35,9 @@ _SHOWN = (
     "window",
     "sparsity",
     "keep",
+    "keep_heads",
     "num_dropped",
+    "bridge",
     "rank",
     "num_steps",
     "learning_rate",
@@ -115,7 +117,7 @@ class Console:
             self.line(f"disk     about {_size(found.disk_bytes)} while it runs")
             self.line(f"time     about {_duration(found.seconds)}")
         if not found.weights_checked:
-            self.line("weights  not checked, reading them takes long; decoct compress checks them before it begins")
+            self.line("weights  not checked for damage, which takes long; decoct compress does so before it begins")
 
     def stage_plan(self, found: "Plan") -> None:
         """One stage of it, as `decoct compress` shows it when the stage begins."""
@@ -127,6 +129,8 @@ class Console:
         where = "in memory" if found.in_memory else "on disk"
         calibration = f"calibration in {str(found.dtype).removeprefix('torch.')}"
         calibration += f", activations {where}" if found.kind == "blocks" else ""
+        if found.share_left is not None:
+            self.line(f"left     {found.share_left:.0%} of the parameters")
         self.line(f"result   about {_size(found.output_bytes)}, {found.bits_per_weight:.2f} bits per weight")
         self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
         disk = found.output_bytes + found.scratch_bytes + found.checkpoint_bytes
@@ -163,7 +167,7 @@ class Console:
         counts = Counter(found.choice.values())
         if found.sparsity is None:
             shown = ", ".join(f"{count} with {bits} bits" for bits, count in sorted(counts.items()))
-            self.line(f"chose    {found.bits:.3f} bits per weight: {shown}")
+            self.line(f"chose    {found.bits:.3f} bits per weight of the searched matrices: {shown}")
         else:
             shown = ", ".join(f"{count} without {100 * level:g} %" for level, count in sorted(counts.items()))
             self.line(f"chose    {100 * found.sparsity:.2f} % removed: {shown}")
@@ -319,7 +323,11 @@ def _method(method: "AnyMethod") -> str:
     from decoct.recipe import method_settings
 
     ((name, settings),) = method_settings(method).items()
-    shown = [f"{key} {settings[key]}" for key in _SHOWN if settings.get(key) is not None]
+    if settings.get("n") is not None:
+        settings = {**settings, "sparsity": f"{settings['n']}:{settings['m']}"}
+    if "bits" in settings and settings["bits"] is None:
+        settings = {**settings, "group_size": None}  # of codes that are not made
+    shown = [f"{key} {_yaml(settings[key])}" for key in _SHOWN if settings.get(key) not in (None, False)]
     return f"{name} ({', '.join(shown)})" if shown else name
 
 

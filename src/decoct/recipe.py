@@ -82,13 +82,14 @@ def presets() -> dict[str, str]:
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
-    """A recipe file, or a preset by name, as plain data.
+    """A preset by name, whatever lies in the current folder, or a recipe file, as plain data.
 
     Raises:
         RecipeError: there is no such file or preset, or it is not YAML.
     """
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    known = presets()
+    if path.suffix in (".yaml", ".yml") or (str(source) not in known and path.exists()):
         if not path.exists():
             raise RecipeError(f"recipe {path} does not exist")
         try:
@@ -96,7 +97,6 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         except (UnicodeDecodeError, OSError) as error:
             raise RecipeError(f"{path} cannot be read as a recipe ({error})") from None
     else:
-        known = presets()
         if str(source) not in known:
             raise RecipeError(f"no preset or recipe file {str(source)!r}{_nearest(str(source), known)}")
         text = (resources.files("decoct") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
@@ -155,9 +155,14 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             continue
         found = [(each, scope) for scope in scopes for each in _method_settings(changed.get("stages"), scope)]
         if not found:
-            raise RecipeError(
-                f"--set {setting!r}: this recipe has no {scope}; settings start with data, budget, search or a method"
+            mine = [name for name in METHODS if any(True for _ in _method_settings(changed.get("stages"), name))]
+            close = difflib.get_close_matches(scope, mine, n=1)
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"settings start with data, budget, search or {', '.join(mine)}"
             )
+            raise RecipeError(f"--set {setting!r}: this recipe has no {scope}; {hint}")
         for holder, scope in found:
             holder[scope] = {**(holder[scope] or {}), name: new}
     return changed
@@ -385,7 +390,7 @@ def _check_keys(value: dict[str, Any], known: Any, where: str) -> None:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)  # of names as short as w4
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 

@@ -11,6 +11,7 @@ from decoct.native.library import library
 FOUND = library()
 LEVELS = FOUND.levels if FOUND else ()
 pytestmark = pytest.mark.skipif(FOUND is None, reason="decoct was installed without its compiled kernels")
+fast = pytest.mark.skipif(not set(LEVELS) & set(attention._FASTER), reason="torch attends on this processor")
 # tokens, seen, heads, heads of keys and values, channels, window
 SHAPES = [
     (2, 2, 1, 1, 8, None),
@@ -47,6 +48,7 @@ def exact(
 def test_every_level(level: str, dtype: torch.dtype, score_cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert FOUND is not None
     monkeypatch.setattr(FOUND, "levels", (level,))
+    monkeypatch.setattr(attention, "_FASTER", (level,))
     for tokens, seen, heads, kv_heads, channels, window in SHAPES:
         # As a decoder's cache holds them: room for more tokens behind those seen; and keys beside queries.
         queries = drawn(2, tokens, heads + 2, channels, seed=0, dtype=dtype)[:, :, :heads].transpose(1, 2)
@@ -65,6 +67,7 @@ def test_every_level(level: str, dtype: torch.dtype, score_cap: float | None, mo
 def test_gradients(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert FOUND is not None
     monkeypatch.setattr(FOUND, "levels", (level,))
+    monkeypatch.setattr(attention, "_FASTER", (level,))
     for _, seen, heads, kv_heads, channels, window in SHAPES:
         given = (
             drawn(2, seen, heads, channels, seed=0, dtype=dtype).transpose(1, 2),
@@ -87,6 +90,7 @@ def test_gradients(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(mine.grad.double(), other.grad, rtol=eps, atol=limit)
 
 
+@fast
 def test_threads_do_not_matter() -> None:
     queries, keys = drawn(2, 6, 65, 32, seed=0, dtype=torch.float32), drawn(2, 2, 65, 32, seed=1, dtype=torch.float32)
     found = []
@@ -103,6 +107,19 @@ def test_threads_do_not_matter() -> None:
         assert torch.equal(alone, together)
 
 
+@fast
+def test_a_nan_stays_one() -> None:
+    queries, keys = drawn(1, 2, 4, 8, seed=0, dtype=torch.float32), drawn(1, 2, 4, 8, seed=1, dtype=torch.float32)
+    values = keys.clone()
+    keys[0, 0, 2] = torch.nan
+    out = attend(queries, keys, values, scale=1.0)
+    assert out is not None
+    assert out[0, 2:, 0].isnan().all()
+    assert out[0, :2].isfinite().all()
+    assert out[0, :, 1].isfinite().all()
+
+
+@fast
 def test_what_the_kernels_cannot_read_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, keys = drawn(1, 2, 4, 8, seed=0, dtype=torch.float32), drawn(1, 2, 4, 8, seed=1, dtype=torch.float32)
     apart = drawn(1, 2, 4, 16, seed=1, dtype=torch.float32)[..., ::2]
@@ -112,5 +129,9 @@ def test_what_the_kernels_cannot_read_is_left_to_torch(monkeypatch: pytest.Monke
     learned = queries.clone().requires_grad_()
     assert attend(learned, keys, keys, scale=1.0, score_cap=2.0) is None
     assert attend(learned[:, :, 2:], keys, keys, scale=1.0) is None
+    assert attend(queries, keys, keys, scale=1.0) is not None
+    monkeypatch.setattr(attention, "_FASTER", ())
+    assert attend(queries, keys, keys, scale=1.0) is None
+    monkeypatch.undo()
     monkeypatch.setattr(attention, "library", lambda: None)
     assert attend(queries, keys, keys, scale=1.0) is None

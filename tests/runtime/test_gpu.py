@@ -72,6 +72,19 @@ def test_one_scale_for_all_rows() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_biases_and_gradients() -> None:
+    weight, bias = integers(4, (24, 64), 64, "integer"), inputs(1, 24)[0]
+    for tokens in (2, MOST_DIRECT + 1):
+        x = inputs(tokens, 64).requires_grad_()
+        y = linear_on_gpu(weight, x, bias)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, weight.unpack(torch.float32), bias))
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, weight.unpack(torch.float32).sum(0).expand(tokens, 64))
+        with torch.no_grad():
+            torch.testing.assert_close(linear_on_gpu(weight, x, bias), y.detach())
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_what_triton_does_not_know_is_unpacked() -> None:
     x = inputs(2, 24)
     for weight in (Dense.of(inputs(5, 24)), integers(4, (5, 24), 8, "symmetric")):
@@ -86,9 +99,9 @@ def test_modules_use_it(quantized_stories: Path, monkeypatch: pytest.MonkeyPatch
     mlp = load_whole(open_model(quantized_stories), torch.float32).model.layers[0].mlp
     x, calls = inputs(2, mlp.gate_proj.packed.expression().shape[1]), []
 
-    def counted(weight: GroupInt, x: torch.Tensor) -> torch.Tensor:
+    def counted(weight: GroupInt, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         calls.append(weight.kind)
-        return linear_on_gpu(weight, x)
+        return linear_on_gpu(weight, x, bias)
 
     monkeypatch.setattr("decoct.runtime.packed.linear_on_gpu", counted)
     by_kernels = mlp(x)
@@ -112,6 +125,7 @@ def test_without_a_gpu_it_says_so(quantized_stories: Path) -> None:
 @needs_gpu
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_on_a_gpu(bits: int) -> None:
+    assert type(gpu._source().multiply).__name__ == "JITFunction"  # not interpreted
     weight = integers(bits, (256, 512), 64, "integer")
     moved = weight.with_tensors({name: tensor.cuda() for name, tensor in weight.tensors().items()})
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

@@ -56,7 +56,11 @@ def load_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
     tokens = text_tokens(data.source, model, data.num_tokens)
     if len(tokens) < data.num_tokens:
         most = len(tokens) // data.sequence_length
-        fewer = f"set data.num_sequences={most} or " if most else ""
+        fewer = (
+            f"set data.num_sequences={most} or "
+            if most
+            else "set data.num_sequences and data.sequence_length lower or "
+        )
         raise ValueError(
             f"{data.source} has {len(tokens)} tokens, {data.num_sequences} sequences of {data.sequence_length} need "
             f"{data.num_tokens}; {fewer}take a longer text"
@@ -143,7 +147,7 @@ def _refuse_missing_file(source: str) -> None:
     path = Path(source).expanduser()
     if path.suffix or source.startswith((".", "/", "~")):
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}; give a text file, a hub dataset, or self")
+        raise ValueError(f"{path} {what}; give a text file or a hub dataset (to calibrate, also self)")
 
 
 def load_tokenizer(model: Model) -> Any:

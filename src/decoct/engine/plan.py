@@ -62,6 +62,7 @@ class Plan:
         described: of a pass: predicted descriptions of all weights that will not be dense then; None: they show only
             in the run.
         bits_per_weight: predicted, over all parameters.
+        share_left: of the parameters, where the stage takes some out; None: it takes out none.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class Plan:
     scratch_bytes: int = 0
     checkpoint_bytes: int = 0
     described: Described | None = None
+    share_left: float | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -191,6 +191,8 @@ def _windows(
     tokens = text_tokens(text, model)
     most = len(tokens) // step
     count = most if windows is None else windows
+    if most < 1:
+        raise ValueError(f"{text} has {len(tokens)} tokens; give a text of at least {step}, or a smaller --length")
     if count < 1 or count > most:
         raise ValueError(f"{text} has {len(tokens)} tokens: at most {most} windows of {size}, not {count}")
     cut = tokens[: count * step].reshape(count, step)

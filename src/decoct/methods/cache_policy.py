@@ -214,5 +214,5 @@ def check_heads(group_size: int, channels: int) -> None:
     """
     if channels % group_size:
         fits = [size for size in (8, 16, 24, 32, 40, 48, 64, 128) if channels % size == 0]
-        hint = f"use one of {fits}" if fits else "no multiple of 8 does: use fp8_cache"
+        hint = f"use {' or '.join(map(str, fits))}" if fits else "no multiple of 8 does: use fp8_cache"
         raise ValueError(f"group_size {group_size} does not divide heads of {channels} channels; {hint}")

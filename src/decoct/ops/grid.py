@@ -58,7 +58,7 @@ def resolve_group_size(group_size: int | str, in_features: int) -> int:
         raise ValueError(f"group_size must be a positive number, channel or tensor, not {group_size!r}")
     if in_features % group_size:
         fits = [g for g in (4, 8, 16, 32, 48, 64, 96, 128, 256) if in_features % g == 0]
-        hint = f"use one of {fits} or channel" if fits else "use channel"
+        hint = f"use channel or {' or '.join(map(str, fits))}" if fits else "use channel"
         raise ValueError(f"group_size {group_size} does not divide {in_features} input features; {hint}")
     return group_size
 

@@ -73,11 +73,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.packed.expression()
         if available(x.device):
-            product = linear_on_gpu(weight, x)
-        elif weight.quantizes_inputs:
-            product = weight.apply(x)
-        else:
+            return linear_on_gpu(weight, x, self.bias)
+        if not weight.quantizes_inputs:
             return nn.functional.linear(x, weight.unpack(x.dtype), self.bias)
+        product = weight.apply(x)
         return product if self.bias is None else product + self.bias
 
 

@@ -22,7 +22,7 @@ from decoct.search.target import Target, find_target
 from decoct.store import free_bytes
 
 _LIST = {"bits": "widths", "sparsity": "levels"}  # the setting that says what to choose from
-_ABOVE = 1.01  # times the most that can be had: what messages round up is not refused
+_ABOVE = 1.01  # times the most bits that can be had: what messages round up is not refused
 _UNPACKED = 2e8  # entries a second that are read, unpacked and compared with a gradient
 
 
@@ -152,10 +152,15 @@ def budget_for(search: Search, plan: SearchPlan, reach: tuple[int, int], *, both
             + (f"ask for at most {high}" if above else f"ask for more than {low}, or choose larger groups")
         )
     low, high = (format_size(plan.other_bytes + nbytes) for nbytes in reach)
+    if above:
+        raise ValueError(
+            f"{format_size(search.size)} is more than the result can take: {high} with {last} for each searched "
+            "matrix; leave --size out, or give a smaller one"
+        )
     raise ValueError(
         f"{format_size(search.size)} cannot be met: the result takes {low} with {first} for each searched "
         f"matrix, {high} with {last}, {format_size(plan.other_bytes)} of it for all else; ask for "
-        + (f"at most {high}" if above else f"more than {low}")
+        f"more than {low}"
     )
 
 

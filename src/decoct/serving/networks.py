@@ -2,6 +2,7 @@
 
 import torch
 
+from decoct.engine.budget import format_size
 from decoct.model import Model
 from decoct.runtime.anatomy import slow_because
 from decoct.runtime.decoder import Decoder
@@ -55,7 +56,14 @@ def open_network(
     about = f"transformers, since {reason}" if reason else "transformers"
     if engine == GPU:
         about = f"transformers on {torch.cuda.get_device_name()}, {gpu_kernels()}"
-    network = load_whole(model, dtype, GPU if engine == GPU else None)
+    try:
+        network = load_whole(model, dtype, GPU if engine == GPU else None)
+    except torch.OutOfMemoryError:
+        free = torch.cuda.mem_get_info()[0]
+        raise ValueError(
+            f"{model.source.label} does not fit in the {format_size(free)} that are free on the GPU; compress it "
+            "further, or use --engine decoct"
+        ) from None
     return TransformersNetwork(network, model, about, context=context, num_seats=num_seats)
 
 

@@ -168,7 +168,9 @@ def _open_folder(folder: Path) -> FolderSource:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
         pickled = any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir())
-        hint = "only pickled weights, which can run code; convert them to safetensors first" if pickled else "none"
+        hint = "only pickled weights, which can run code; convert them to safetensors first"
+        if not pickled:
+            hint = "no model.safetensors, nor shards; download the model again"
         raise ValueError(f"{folder} holds no safetensors weights ({hint})")
     shards = tuple(open_safetensors(folder / name) for name in files)
     where = {name: shard for shard in shards for name in shard.tensors}

@@ -156,6 +156,9 @@ def _misfit(name: str, description: dict[str, Any], why: str, shape: tuple[int, 
     exact = exact_types(form, description, shape[1])
     if exact:
         wanted = f"use gguf:{exact[0].lower()}, which holds it"
+    elif shape[1] % 32:
+        wanted = f"no type has blocks that divide its {shape[1]} columns: leave it uncompressed"
+        return MisfitError(f"{name} is {words}: {why}", wanted, f"{wanted}, or add --fold")
     elif form is not None and form.group_size % 32:
         wanted = "use groups of a multiple of 32, or gguf:q4_k_m, which is fitted to what there is"
     else:

@@ -1,5 +1,6 @@
 """Products on a GPU: whole-number weights by Triton kernels that read them packed, everything else by torch."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -17,27 +18,34 @@ _ROWS = 16
 _DEVICES = ("cuda",)  # tests add the CPU, where Triton interprets kernels if told so before it is imported
 
 
-def linear_on_gpu(weight: Weight, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-    """x·Wᵀ in x's dtype, on the GPU where both lie.
+def linear_on_gpu(
+    weight: Weight, x: Float[Tensor, "*tokens in"], bias: Tensor | None = None
+) -> Float[Tensor, "*tokens out"]:
+    """x·Wᵀ + b in x's dtype, on the GPU where all lie; differentiable in x.
 
     Few inputs are multiplied with packed codes; for many the matrix is unpacked, which pays then. What Triton's kernels
-    do not know, and everything where triton is not installed, is unpacked by torch.
+    do not know is unpacked by torch.
     """
-    cols = _span(weight) if available(x.device) else None
+    cols = _span(weight)
+    if weight.quantizes_inputs:
+        y = weight.apply(x)
+        return y if bias is None else y + bias
     if cols is None:
-        return weight.apply(x) if weight.quantizes_inputs else torch.nn.functional.linear(x, weight.unpack(x.dtype))
+        return torch.nn.functional.linear(x, weight.unpack(x.dtype), bias)
     assert isinstance(weight, GroupInt)
     tokens = x.reshape(-1, weight.shape[1]).contiguous()
-    if len(tokens) > MOST_DIRECT:
-        return torch.nn.functional.linear(x, _unpack(weight, cols, x.dtype))
+    if len(tokens) > MOST_DIRECT or (x.requires_grad and torch.is_grad_enabled()):
+        return torch.nn.functional.linear(x, _unpack(weight, cols, x.dtype), bias)
     y = x.new_empty(len(tokens), weight.shape[0])
     if len(tokens):
         grid = (-(-weight.shape[0] // _ROWS), -(-len(tokens) // _TOKENS))
-        _source().multiply[grid](
-            tokens, *_stored(weight), y, len(tokens), *_sizes(weight), TOKENS=_TOKENS, ROWS=_ROWS, COLS=cols,
-            **_kind(weight),
-        )  # fmt: skip
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        with _on(x.device):
+            _source().multiply[grid](
+                tokens, *_stored(weight), y, len(tokens), *_sizes(weight), TOKENS=_TOKENS, ROWS=_ROWS, COLS=cols,
+                **_kind(weight),
+            )  # fmt: skip
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
 
 
 def available(device: torch.device) -> bool:
@@ -54,8 +62,14 @@ def _unpack(weight: GroupInt, cols: int, dtype: torch.dtype) -> Float[Tensor, "o
     """The matrix, the same as `weight.unpack(dtype)`, without anything in between."""
     values = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
     grid = (-(-weight.shape[0] // _ROWS), -(-weight.shape[1] // cols))
-    _source().unpack[grid](*_stored(weight), values, *_sizes(weight), ROWS=_ROWS, COLS=cols, **_kind(weight))
+    with _on(values.device):
+        _source().unpack[grid](*_stored(weight), values, *_sizes(weight), ROWS=_ROWS, COLS=cols, **_kind(weight))
     return values
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton starts kernels on torch's current GPU, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _span(weight: Weight) -> int | None:

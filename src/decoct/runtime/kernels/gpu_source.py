@@ -1,7 +1,8 @@
 """Triton kernels for whole-number weights as they are stored; imported when one is first called, for it needs triton.
 
 Codes are streams of 2 to 8 bits, scales and zero points belong to groups of input features. Products are of codes with
-inputs, exact in either 16-bit format, on tensor cores; a group's scale and zero point follow once for all of it.
+inputs, exact in either 16-bit format (and on tensor cores where a GPU has them for it); a group's scale and zero point
+follow once for all of it.
 """
 
 # Triton reads these functions as source: arguments in capitals are constants of a compilation.
@@ -56,11 +57,14 @@ def multiply(
         code = _codes(
             codes + (row * code_stride)[None, :], (col * BITS)[:, None], inside[:, None] & real[None, :], BITS
         )
-        part = tl.dot(taken, code.to(taken.dtype), input_precision="ieee")
+        # Counted from the middle: a symmetric grid has no zero points left then.
+        part = tl.dot(taken, (code - (1 << (BITS - 1))).to(taken.dtype), input_precision="ieee")
         group = tl.where(groups > 1, first // group_size, 0)
         factor = tl.load(scale + row * scale_stride + group, mask=real, other=0).to(tl.float32)
-        middle = _zeros(zero, row, group, real, zero_stride, BITS, ZERO)
-        total += (part - tl.sum(taken.to(tl.float32), 1)[:, None] * middle[None, :]) * factor[None, :]
+        if ZERO != 0:
+            beside = _zeros(zero, row, group, real, zero_stride, BITS, ZERO) - (1 << (BITS - 1))
+            part -= tl.sum(taken.to(tl.float32), 1)[:, None] * beside[None, :]
+        total += part * factor[None, :]
     where = token.to(tl.int64)[:, None] * out + row[None, :]
     tl.store(y + where, total.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & real[None, :])
 
