@@ -122,10 +122,11 @@ def compress_job(job: Job, watch: Watch) -> Result:
             discard(job.out, run)
         check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
-        events: list[list[Event]] = []
-        model, plans = job.model, list(plan.stages)
+        model, plans, events = job.model, list(plan.stages), list[list[Event]]()
         for number, stage in enumerate(job.stages):
             planned = plans[number]
+            if len(job.stages) > 1:
+                watch.message(f"stage {number + 1} of {len(job.stages)}: {planned.kind}")
             watch.planned(planned)
             events.append([])
             model = rotated(model, planned.steps)

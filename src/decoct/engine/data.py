@@ -165,7 +165,7 @@ def load_tokenizer(model: Model) -> Any:
         assert isinstance(source, FolderSource)
         return AutoTokenizer.from_pretrained(source.folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].removesuffix(" from one of: ")
         raise ValueError(
             f"{source.label}: its tokenizer cannot be loaded ({reason}); copy tokenizer.json there"
         ) from None
