@@ -90,9 +90,9 @@ def test_texts_that_cannot_do(method: str, stories: Path, tmp_path: Path) -> Non
     (tmp_path / "short.txt").write_text("Once upon a time, there was a little girl.")
     (tmp_path / "empty.txt").touch()
     texts = {
-        "short.txt": r"tokens, 4 sequences of 16 need 64; take a longer text",
-        "empty.txt": "has 0 tokens, 4 sequences of 16 need 64; take a longer text",
-        ".": "is a folder; give a text file, a hub dataset, or self",
+        "short.txt": "tokens, 4 sequences of 16 need 64; set data.num_sequences",
+        "empty.txt": "has 0 tokens, 4 sequences of 16 need 64; set data.num_sequences and data.sequence_length lower",
+        ".": "is a folder; give a text file or a hub dataset",
     }
     for name, said in texts.items():
         made = recipe(tmp_path, METHODS[method], tmp_path / name)
@@ -135,7 +135,7 @@ def test_a_plan_says_that_very_many_weights_were_not_read(
     assert decoct.plan(base, made).weights_checked
     monkeypatch.setattr("decoct.api._CHECKED_BYTES", 1000)
     monkeypatch.setattr("decoct.api.check_source_tensors", lambda _: pytest.fail("read all the same"))
-    assert "weights  not checked, reading them takes long" in invoke("plan", base, made).stdout
+    assert "weights  not checked for damage, which takes long" in invoke("plan", base, made).stdout
     assert not decoct.plan(base, made).weights_checked
 
 

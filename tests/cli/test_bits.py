@@ -89,7 +89,10 @@ def test_a_target_that_is_none_is_one_line(command: str, option: str, value: str
 
 ABOVE = {
     ("--bits", "9"): r"error: 9 bits cannot be met: .* take 4\.00 bits .*, 6\.00 with 4 bits; ask for at most 6\.00\n",
-    ("--size", "1GiB"): r"error: 1\.0 GiB cannot be met: .* with 4 bits, .* for all else; ask for at most .* KiB\n",
+    (
+        "--size",
+        "1GiB",
+    ): r"error: 1\.0 GiB is more than the result can take: .* KiB with 4 bits .*; leave --size out, .*\n",
 }
 
 

@@ -161,7 +161,9 @@ def test_weights_that_are_not_finite_are_refused(bad: float, group_size: int | s
 
 
 def test_a_group_size_that_does_not_divide_names_sizes_that_do() -> None:
-    with pytest.raises(ValueError, match=r"group_size 64 does not divide 96 .* \[4, 8, 16, 32, 48, 96\] or channel"):
+    with pytest.raises(
+        ValueError, match=r"group_size 64 does not divide 96 .* use channel or 4 or 8 or 16 or 32 or 48 or 96"
+    ):
         fit_grid(gaussian(2, 96), bits=4, group_size=64)
     with pytest.raises(ValueError, match=r"group_size 64 does not divide 30 input features; use channel"):
         fit_grid(gaussian(2, 30), bits=4, group_size=64)

@@ -5,6 +5,7 @@ rest: which weights they can work on, the calibration batches, a token's error r
 and that the best of what was seen on the way is kept, the start included.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from decoct.methods.learned_grid import Latent, Learned, goals, grids
 from decoct.ops.grid import check_grid, fit_grid, quantize_packed, resolve_group_size, stored_scale_dtype
 from decoct.weights import Dense, GroupInt, Shared, Sparse, Weight
 
-_LOOKS = 4  # times that the error is measured on the way, to keep the best
-_LOOKED_AT = 32  # sequences that it is measured on
+_LOOKS = (0.5, 0.75, 1.0)  # shares of the steps after which the error is measured, to keep the best
+_LOOKED_AT = 24  # sequences that it is measured on
 _AT_ONCE = 4  # of them
 _NEEDED = 24  # bytes an entry that learning takes beside what is learned: matrices, gradients, one matrix's temporaries
 
@@ -112,7 +113,7 @@ class BlockLearning(BlockMethod):
     def operations(self, entries: int, num_sequences: int, length: int) -> float:
         forward = 2.0 * entries * length
         learned = 3 * self.num_steps * min(self.batch_size, num_sequences)
-        looks = (_LOOKS + 1) * min(_LOOKED_AT, num_sequences)
+        looks = (len(_LOOKS) + 1) * min(_LOOKED_AT, num_sequences)
         return forward * (learned + looks) + self.step_operations * entries * self.num_steps
 
     @override
@@ -156,12 +157,12 @@ class BlockLearning(BlockMethod):
         best = {name: each.start for name, each in learned.items()}
         least = _error(best, fixed, passage)
         order = Order(passage.num_sequences, self.batch_size, self.seed)
-        look_every = -(-self.num_steps // _LOOKS)
+        looks = {math.ceil(share * self.num_steps) for share in _LOOKS}
         for step in range(self.num_steps):
             gradients = _gradients(learned, fixed, passage, order.next())
             for name, each in learned.items():
                 each.move(gradients.pop(name), self.rate(step))
-            if (step + 1) % look_every == 0 or step + 1 == self.num_steps:
+            if step + 1 in looks:
                 found = {name: each.weight() for name, each in learned.items()}
                 error = _error(found, fixed, passage)
                 if error < least:
