@@ -327,8 +327,12 @@ def _method(method: "AnyMethod") -> str:
         settings = {**settings, "sparsity": f"{settings['n']}:{settings['m']}"}
     if "bits" in settings and settings["bits"] is None:
         settings = {**settings, "group_size": None}  # of codes that are not made
-    shown = [f"{key} {_yaml(settings[key])}" for key in _SHOWN if settings.get(key) not in (None, False)]
+    shown = [f"{key} {_yaml(settings[key])}" for key in _SHOWN if _is_set(settings.get(key))]
     return f"{name} ({', '.join(shown)})" if shown else name
+
+
+def _is_set(value: object) -> bool:
+    return value is not None and value is not False  # a window of 0 is
 
 
 def _size(nbytes: float) -> str:

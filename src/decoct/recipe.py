@@ -87,8 +87,7 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such file or preset, or it is not YAML.
     """
-    path = Path(source)
-    known = presets()
+    path, known = Path(source), presets()
     if path.suffix in (".yaml", ".yml") or (str(source) not in known and path.exists()):
         if not path.exists():
             raise RecipeError(f"recipe {path} does not exist")
@@ -96,15 +95,14 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError) as error:
             raise RecipeError(f"{path} cannot be read as a recipe ({error})") from None
+    elif str(source) not in known:
+        raise RecipeError(f"no preset or recipe file {str(source)!r}{_nearest(str(source), known)}")
     else:
-        if str(source) not in known:
-            raise RecipeError(f"no preset or recipe file {str(source)!r}{_nearest(str(source), known)}")
         text = (resources.files("decoct") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{source} is not valid YAML: {reason}") from None
+        raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{source} is no recipe: it must be a mapping with the key stages")
     return value
@@ -157,11 +155,8 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         if not found:
             mine = [name for name in METHODS if any(True for _ in _method_settings(changed.get("stages"), name))]
             close = difflib.get_close_matches(scope, mine, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?"
-                if close
-                else f"settings start with data, budget, search or {', '.join(mine)}"
-            )
+            known = f"settings start with data, budget, search or {', '.join(mine)}"
+            hint = f"did you mean {close[0]!r}?" if close else known
             raise RecipeError(f"--set {setting!r}: this recipe has no {scope}; {hint}")
         for holder, scope in found:
             holder[scope] = {**(holder[scope] or {}), name: new}

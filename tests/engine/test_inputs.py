@@ -69,7 +69,11 @@ def our_logits(model: Model, plain: bool = False) -> torch.Tensor:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @torch.no_grad()
-def test_it_is_planned_repeated_and_computes_the_same_in_transformers(recipe: str, tmp_path: Path) -> None:
+def test_it_is_planned_repeated_and_computes_the_same_in_transformers(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rounding inputs makes another code of another last bit, so both sides attend by torch.
+    monkeypatch.setattr("decoct.native.attention._FASTER", ())
     steps, kinds = RECIPES[recipe]
     base = make_base(tmp_path, intermediate_size=64)
     job = make_job(base, tmp_path / "out", *steps)

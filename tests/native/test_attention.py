@@ -46,8 +46,9 @@ def exact(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("score_cap", [None, 3.0])
 def test_every_level(level: str, dtype: torch.dtype, score_cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert FOUND is not None
-    monkeypatch.setattr(FOUND, "levels", (level,))
+    kernels = library()  # now: other tests have it loaded anew
+    assert kernels is not None
+    monkeypatch.setattr(kernels, "levels", (level,))
     monkeypatch.setattr(attention, "_FASTER", (level,))
     for tokens, seen, heads, kv_heads, channels, window in SHAPES:
         # As a decoder's cache holds them: room for more tokens behind those seen; and keys beside queries.
@@ -65,8 +66,9 @@ def test_every_level(level: str, dtype: torch.dtype, score_cap: float | None, mo
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert FOUND is not None
-    monkeypatch.setattr(FOUND, "levels", (level,))
+    kernels = library()  # now: other tests have it loaded anew
+    assert kernels is not None
+    monkeypatch.setattr(kernels, "levels", (level,))
     monkeypatch.setattr(attention, "_FASTER", (level,))
     for _, seen, heads, kv_heads, channels, window in SHAPES:
         given = (

@@ -125,8 +125,6 @@ def compress_job(job: Job, watch: Watch) -> Result:
         model, plans, events = job.model, list(plan.stages), list[list[Event]]()
         for number, stage in enumerate(job.stages):
             planned = plans[number]
-            if len(job.stages) > 1:
-                watch.message(f"stage {number + 1} of {len(job.stages)}: {planned.kind}")
             watch.planned(planned)
             events.append([])
             model = rotated(model, planned.steps)
