@@ -145,7 +145,7 @@ def plan(
 ) -> RecipePlan:
     """What a recipe would do and take, stage by stage; nothing is run. What a search would change: `plan_search`.
 
-    The weights of a folder are read once, unless there are very many: `weights_checked` says so.
+    The weights of a folder are read, unless there are very many: `weights_checked` says so.
 
     Args:
         model: folder, .gguf file, hub id, or an opened model.

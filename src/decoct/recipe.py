@@ -87,18 +87,19 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such file or preset, or it is not YAML.
     """
-    path, known = Path(source), presets()
-    if path.suffix in (".yaml", ".yml") or (str(source) not in known and path.exists()):
+    path = Path(source)
+    preset = resources.files("decoct") / "recipes" / f"{path.name}.yaml"
+    if str(source) == path.name and preset.is_file():
+        text = preset.read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml") or path.exists():
         if not path.exists():
             raise RecipeError(f"recipe {path} does not exist")
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError) as error:
             raise RecipeError(f"{path} cannot be read as a recipe ({error})") from None
-    elif str(source) not in known:
-        raise RecipeError(f"no preset or recipe file {str(source)!r}{_nearest(str(source), known)}")
     else:
-        text = (resources.files("decoct") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+        raise RecipeError(f"no preset or recipe file {str(source)!r}{_nearest(str(source), presets())}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -154,10 +155,8 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         found = [(each, scope) for scope in scopes for each in _method_settings(changed.get("stages"), scope)]
         if not found:
             mine = [name for name in METHODS if any(True for _ in _method_settings(changed.get("stages"), name))]
-            close = difflib.get_close_matches(scope, mine, n=1)
-            known = f"settings start with data, budget, search or {', '.join(mine)}"
-            hint = f"did you mean {close[0]!r}?" if close else known
-            raise RecipeError(f"--set {setting!r}: this recipe has no {scope}; {hint}")
+            hint = _nearest(scope, ("data", "budget", "search", *mine))
+            raise RecipeError(f"--set {setting!r}: this recipe has no {scope}{hint}")
         for holder, scope in found:
             holder[scope] = {**(holder[scope] or {}), name: new}
     return changed

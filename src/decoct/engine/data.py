@@ -56,14 +56,10 @@ def load_tokens(data: Data, model: Model, on_progress: Callable[[str], None]) ->
     tokens = text_tokens(data.source, model, data.num_tokens)
     if len(tokens) < data.num_tokens:
         most = len(tokens) // data.sequence_length
-        fewer = (
-            f"set data.num_sequences={most} or "
-            if most
-            else "set data.num_sequences and data.sequence_length lower or "
-        )
+        fewer = f"data.num_sequences={most}" if most else "data.num_sequences and data.sequence_length lower"
         raise ValueError(
             f"{data.source} has {len(tokens)} tokens, {data.num_sequences} sequences of {data.sequence_length} need "
-            f"{data.num_tokens}; {fewer}take a longer text"
+            f"{data.num_tokens}; set {fewer} or take a longer text"
         )
     return tokens[: data.num_tokens].reshape(data.num_sequences, data.sequence_length)
 

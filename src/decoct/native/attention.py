@@ -1,6 +1,6 @@
 """Causal attention of many tokens by the compiled kernels, and its gradients."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from decoct.native.library import FLOATS, TYPES, Attention, AttentionGradient, Heads, library
+from decoct.native.library import FLOATS, TYPES, Attention, AttentionGradient, Heads, Library, library
 
 _FASTER = ("avx512", "avx512bf16")  # than torch; at other levels torch attends
 
@@ -43,12 +43,41 @@ def attend(
         return None
     if not _readable(queries, keys, values):
         return None
+    given = _Given(queries, keys, values, scale, score_cap, window)
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
         if score_cap is not None or queries.shape[2] != keys.shape[2]:
             return None
-        differentiable: Tensor = _Differentiable.apply(queries, keys, values, scale, window)  # type: ignore[no-untyped-call]
+        differentiable: Tensor = _Differentiable.apply(*given)  # type: ignore[no-untyped-call]
         return differentiable
-    return _attend(queries, keys, values, scale, score_cap, window, None)
+    out = given.room()
+    kernels.attend(given.described(out, None))
+    return out
+
+
+class _Given(NamedTuple):
+    """What `attend` was called with."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+    score_cap: float | None
+    window: int | None
+
+    def room(self) -> Float[Tensor, "sequences tokens heads channels"]:
+        """For what is found."""
+        sequences, heads, tokens, channels = self.queries.shape
+        return torch.empty(sequences, tokens, heads, channels, dtype=self.queries.dtype)
+
+    def described(self, out: Tensor, levels: Tensor | None) -> Attention:
+        """As the kernels want it told; the tensors have to live on until they are done."""
+        sequences, heads, tokens, channels = self.queries.shape
+        return Attention(
+            type=TYPES[out.dtype], sequences=sequences, heads=heads, kv_heads=self.keys.shape[1], head_size=channels,
+            tokens=tokens, seen=self.keys.shape[2], window=self.window or 0, scale=self.scale,
+            score_cap=self.score_cap or 0.0, queries=_heads(self.queries), keys=_heads(self.keys),
+            values=_heads(self.values), out=out.data_ptr(), levels=None if levels is None else levels.data_ptr(),
+        )  # fmt: skip
 
 
 class _Differentiable(torch.autograd.Function):
@@ -56,70 +85,35 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-        levels = torch.empty(queries.shape[:3], dtype=torch.float32)
-        out = _attend(queries, keys, values, scale, None, window, levels)
-        ctx.save_for_backward(queries, keys, values, out, levels)
-        ctx.scale, ctx.window = scale, window
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        asked = _Given(*given)
+        out, levels = asked.room(), torch.empty(asked.queries.shape[:3], dtype=torch.float32)
+        _kernels().attend(asked.described(out, levels))
+        ctx.save_for_backward(asked.queries, asked.keys, asked.values, out, levels)
+        ctx.settings = asked[3:]
         return out
 
     @staticmethod
     @once_differentiable
     @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, out, levels = ctx.saved_tensors
-        given = gradients[0] if gradients[0].stride(3) == 1 else gradients[0].contiguous()
-        found = [
-            torch.empty_like(each.transpose(1, 2), memory_format=torch.contiguous_format)
-            for each in (queries, keys, values)
-        ]
-        kernels = library()
-        assert kernels is not None
-        kernels.attend_backward(
+        *tensors, out, levels = ctx.saved_tensors
+        upstream = gradients[0] if gradients[0].stride(3) == 1 else gradients[0].contiguous()
+        found = [torch.empty_like(each.transpose(1, 2), memory_format=torch.contiguous_format) for each in tensors]
+        _kernels().attend_backward(
             AttentionGradient(
-                forward=_described(queries, keys, values, ctx.scale, None, ctx.window, out, levels),
-                out=_heads(given.transpose(1, 2)), queries=found[0].data_ptr(), keys=found[1].data_ptr(),
-                values=found[2].data_ptr(),
+                forward=_Given(*tensors, *ctx.settings).described(out, levels), out=_heads(upstream.transpose(1, 2)),
+                queries=found[0].data_ptr(), keys=found[1].data_ptr(), values=found[2].data_ptr(),
             )
         )  # fmt: skip
-        return *(each.transpose(1, 2) for each in found), None, None
+        return *(each.transpose(1, 2) for each in found), None, None, None
 
 
-def _attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    score_cap: float | None,
-    window: int | None,
-    levels: Tensor | None,
-) -> Float[Tensor, "sequences tokens heads channels"]:
-    sequences, heads, tokens, channels = queries.shape
-    out = torch.empty(sequences, tokens, heads, channels, dtype=queries.dtype)
+def _kernels() -> Library:
+    """Where `attend` has found that they are there."""
     kernels = library()
     assert kernels is not None
-    kernels.attend(_described(queries, keys, values, scale, score_cap, window, out, levels))
-    return out
-
-
-def _described(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    score_cap: float | None,
-    window: int | None,
-    out: Tensor,
-    levels: Tensor | None,
-) -> Attention:
-    """As the kernels want it told; the tensors have to live on until they are done."""
-    sequences, heads, tokens, channels = queries.shape
-    return Attention(
-        type=TYPES[queries.dtype], sequences=sequences, heads=heads, kv_heads=keys.shape[1], head_size=channels,
-        tokens=tokens, seen=keys.shape[2], window=window or 0, scale=scale, score_cap=score_cap or 0.0,
-        queries=_heads(queries), keys=_heads(keys), values=_heads(values), out=out.data_ptr(),
-        levels=None if levels is None else levels.data_ptr(),
-    )  # fmt: skip
+    return kernels
 
 
 def _readable(*tensors: Tensor) -> bool:

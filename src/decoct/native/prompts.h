@@ -37,39 +37,6 @@ DECOCT_INLINE void store_tile(const Tile& sums, int64_t step, float* to) {
   }
 }
 
-// Numbers that are not negative nor subnormal, or zero, as the type holds them.
-DECOCT_INLINE Floats rounded_share(Floats share, int32_t type) {
-  if (type == DECOCT_F32) return share;
-  if (type == DECOCT_F16) return from_f16(to_f16(share));
-#if defined(__AVX512BF16__)
-  return from_bf16((Halves)_mm512_cvtneps_pbh((__m512)share));
-#else
-  return from_bf16(to_bf16(share));
-#endif
-}
-
-struct Raised {
-  float largest, sum;
-};
-
-// e**(score - the largest of them), rounded to the type. As torch's fused attention: what they are multiplied with sees
-// rounded numbers, their sum does not.
-DECOCT_INLINE Raised raise(float* scores, int64_t count, int32_t type) {
-  Floats most = Floats{} - INFINITY, total = {};
-  for (int64_t p = 0; p < count; p += 16) {
-    const Floats s = load<Floats>(scores + p);
-    most = s > most ? s : most;
-  }
-  float largest = most[0];
-  for (int i = 1; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
-  for (int64_t p = 0; p < count; p += 16) {
-    const Floats s = load<Floats>(scores + p), share = s == Floats{} - INFINITY ? Floats{} : exponential(s - largest);  // a NaN stays one
-    total += share;
-    store(scores + p, rounded_share(share, type));
-  }
-  return {largest, sum_lanes(total)};
-}
-
 DECOCT_INLINE Floats numbers_of(const DecoctHeads& from, int32_t type, int64_t at, int64_t count) {
   return load_some(from.numbers, at, type, count);
 }

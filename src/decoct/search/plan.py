@@ -159,8 +159,8 @@ def budget_for(search: Search, plan: SearchPlan, reach: tuple[int, int], *, both
         )
     raise ValueError(
         f"{format_size(search.size)} cannot be met: the result takes {low} with {first} for each searched "
-        f"matrix, {high} with {last}, {format_size(plan.other_bytes)} of it for all else; ask for "
-        f"more than {low}"
+        f"matrix, {high} with {last}, {format_size(plan.other_bytes)} of it for all else; "
+        f"ask for more than {low}"
     )
 
 
