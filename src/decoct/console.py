@@ -107,9 +107,7 @@ class Console:
     def plan(self, found: "RecipePlan") -> None:
         """`decoct plan`."""
         for number, stage in enumerate(found.stages):
-            if len(found.stages) > 1:
-                self.line(f"stage {number + 1} of {len(found.stages)}: {stage.kind}")
-            self.stage_plan(stage)
+            self.stage_plan(stage, number + 1, len(found.stages))
         if len(found.stages) > 1:
             self.line("the whole recipe")
             self.line(f"result   about {_size(found.output_bytes)}, {found.bits_per_weight:.2f} bits per weight")
@@ -119,8 +117,10 @@ class Console:
         if not found.weights_checked:
             self.line("weights  not checked for damage, which takes long; decoct compress does so before it begins")
 
-    def stage_plan(self, found: "Plan") -> None:
-        """One stage of it, as `decoct compress` shows it when the stage begins."""
+    def stage_plan(self, found: "Plan", number: int, count: int) -> None:
+        """One stage of `count`, as `decoct compress` shows it when the stage begins."""
+        if count > 1:
+            self.line(f"stage {number} of {count}: {found.kind}")
         table = _table("role", "*matrices", "*parameters", "what happens")
         for group in found.groups:
             what = " then ".join(_method(method) for method in group.methods) or "left alone"
@@ -209,8 +209,12 @@ class Console:
             row("KL 99.9 %", f"{found.kl_p999:.3f}")
         if found.top1_agreement is not None:
             row("top-1 agreement", f"{100 * found.top1_agreement:.2f} %")
-        row("size", _size(found.nbytes))
-        row("bits per weight", f"{found.bits_per_weight:.2f}")
+        row("size", _size(found.nbytes), "" if found.base_nbytes is None else _size(found.base_nbytes))
+        row(
+            "bits per weight",
+            f"{found.bits_per_weight:.2f}",
+            "" if found.base_bits_per_weight is None else f"{found.base_bits_per_weight:.2f}",
+        )
         if found.cache_bits is not None:
             row("bits per packed key or value", f"{found.cache_bits:.2f}")
         if found.cache_token_bytes is not None:
@@ -263,10 +267,10 @@ class Console:
                 if found.done % every == 0 or found.done == found.total:
                     self.line(_event_line(found, left))
 
-            def planned(found: "Plan") -> None:
+            def planned(found: "Plan", number: int, count: int) -> None:
                 clock.reset()
                 bar.reset(task, left="")
-                self.stage_plan(found)
+                self.stage_plan(found, number, count)
 
             def began(what: str) -> None:
                 clock.reset()

@@ -118,6 +118,7 @@ def test_every_stage_is_shown(base: Path, text: Path, tmp_path: Path) -> None:
     assert "[  3/3] step 3" in progress
     assert f"loss {done['losses'][2]:.4f}" in progress
     assert "what happens" in progress
+    assert "stage 2 of 2: e2e_qp" in progress
 
 
 def test_of_many_steps_some_are_shown(base: Path, text: Path, tmp_path: Path) -> None:

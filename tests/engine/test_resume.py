@@ -158,7 +158,8 @@ def test_two_chains_stopped_in_the_middle(
 def test_two_chains_on_disk_give_the_same_bits(base: Path, tmp_path: Path) -> None:
     plans = []
     budget = on_disk(base, tmp_path / "out", *PAIRED)
-    folder = run(base, tmp_path / "out", *PAIRED, budget=budget, watch=Watch(planned=plans.append)).folder
+    watch = Watch(planned=lambda plan, *_: plans.append(plan))
+    folder = run(base, tmp_path / "out", *PAIRED, budget=budget, watch=watch).folder
     assert not plans[0].in_memory
     assert digests(folder) == whole(base, *PAIRED)
     assert digests(folder) != whole(base, EVERYTHING), "learning changed something"
@@ -177,7 +178,7 @@ def test_a_lost_second_chain_says_so(base: Path, tmp_path: Path) -> None:
 def test_activations_on_disk_give_the_same_bits(base: Path, tmp_path: Path) -> None:
     budget = on_disk(base, tmp_path / "out", EVERYTHING)
     plans = []
-    watch = Watch(planned=plans.append)
+    watch = Watch(planned=lambda plan, *_: plans.append(plan))
     result = run(base, tmp_path / "out", EVERYTHING, budget=budget, watch=watch)
     assert digests(result.folder) == whole(base, EVERYTHING)
     assert not plans[0].in_memory

@@ -36,7 +36,7 @@ class Spy:
             return original(method, weight, stat)
 
         monkeypatch.setattr(gptq.GPTQ, "compress", compress)
-        self.watch = Watch(planned=lambda _: self.seen.clear())  # planning rehearses the methods
+        self.watch = Watch(planned=lambda *_: self.seen.clear())  # planning rehearses the methods
 
 
 def inputs_of(network: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def test_only_what_is_asked_for_is_gathered(base: Path, tmp_path: Path, monkeypa
             return original(cls, width)
 
         monkeypatch.setattr(kind, "empty", classmethod(empty))
-    watch = Watch(planned=lambda _: made.clear())  # planning rehearses the methods
+    watch = Watch(planned=lambda *_: made.clear())  # planning rehearses the methods
     run(base, tmp_path / "a", GPTQ, watch=watch)
     assert made == {Gram: 3 * 4}
     run(base, tmp_path / "b", WANDA, GPTQ, watch=watch)

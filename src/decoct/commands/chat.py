@@ -41,6 +41,7 @@ def chat(
     with errors(json=False):
         from decoct.runtime.sampling import Sampling
         from decoct.serving import Options, open_engine
+        from decoct.serving.text import no_template
 
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -48,6 +49,8 @@ def chat(
         )  # fmt: skip
         opened = open_engine(engine, model, context=context)
         try:
+            if not opened.chats:
+                raise ValueError(no_template(model))
             _talk(opened, Options(max_tokens=max_tokens, sampling=sampling), system)
         finally:
             opened.close()

@@ -86,13 +86,13 @@ class Watch:
 
     Attributes:
         message: told one line at a time.
-        planned: told each stage's plan before it runs.
+        planned: told each stage's plan before it runs, which stage it is, from 1, and how many there are.
         event: told of every finished part, and of every step of a stage that tunes the whole model.
         began: told in words what a search does next; the events that follow are of this.
     """
 
     message: Callable[[str], None] = field(default=lambda _: None)
-    planned: Callable[[Plan], None] = field(default=lambda _: None)
+    planned: Callable[[Plan, int, int], None] = field(default=lambda _, _number, _count: None)
     event: OnEvent = field(default=lambda _: None)
     began: Callable[[str], None] = field(default=lambda _: None)
 
@@ -118,14 +118,14 @@ def compress_job(job: Job, watch: Watch) -> Result:
     if plan.result is not None:
         job.accept(plan.result)
     with exclusive(run):
+        check_source_tensors(job.model)  # before anything is discarded
         if job.fresh:
             discard(job.out, run)
-        check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
         model, plans, events = job.model, list(plan.stages), list[list[Event]]()
         for number, stage in enumerate(job.stages):
             planned = plans[number]
-            watch.planned(planned)
+            watch.planned(planned, number + 1, len(job.stages))
             events.append([])
             model = rotated(model, planned.steps)
             entry, model = _run_stage(job, number, planned, model, tokens, watch, events[-1])

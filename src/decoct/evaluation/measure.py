@@ -42,11 +42,6 @@ class Measurement:
         dtype: what the models ran in.
         num_tokens: predicted tokens that the figures average over.
         perplexity: exp of the mean negative log-likelihood, nats.
-        base_perplexity: the base model's.
-        kl_mean: mean KL(base ‖ model) a token, nats.
-        kl_p99: its 99th percentile.
-        kl_p999: its 99.9th percentile.
-        top1_agreement: fraction of tokens where both rank the same token first.
         nbytes: bytes of all tensors on disk.
         bits_per_weight: 8 · nbytes / parameters, everything counted.
         seconds: the evaluation took.
@@ -58,6 +53,13 @@ class Measurement:
         cache_bits: bits of a packed key or value, everything that is stored with it counted; None: nothing is packed.
         cache_token_bytes: bytes of keys and values for each token at a window's end, all blocks together, the tokens in
             full precision counted in the model's own dtype.
+        base_perplexity: the base model's; this and what follows is None without one.
+        kl_mean: mean KL(base ‖ model) a token, nats.
+        kl_p99: its 99th percentile.
+        kl_p999: its 99.9th percentile.
+        top1_agreement: fraction of tokens where both rank the same token first.
+        base_nbytes: the base model's.
+        base_bits_per_weight: the base model's.
     """
 
     model: str
@@ -70,11 +72,6 @@ class Measurement:
     dtype: str
     num_tokens: int
     perplexity: float
-    base_perplexity: float | None
-    kl_mean: float | None
-    kl_p99: float | None
-    kl_p999: float | None
-    top1_agreement: float | None
     nbytes: int
     bits_per_weight: float
     seconds: float
@@ -85,6 +82,13 @@ class Measurement:
     cache: dict[str, Any] | None
     cache_bits: float | None
     cache_token_bytes: float | None
+    base_perplexity: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    kl_p999: float | None = None
+    top1_agreement: float | None = None
+    base_nbytes: int | None = None
+    base_bits_per_weight: float | None = None
 
 
 OnProgress = Callable[[int, int], None]
@@ -113,7 +117,7 @@ def evaluate_model(
         length: tokens in a window; None: 2048 or the model's limit.
         bos: start each window with BOS.
         dtype: what to compute in; float32 keeps rounding out of small divergences.
-        keep_base: a folder in which what the base made of the text is kept for the next measurement; None: nowhere.
+        keep_base: a folder for what the base made of the text; None: it is not kept.
         on_progress: told (blocks done, blocks in all).
 
     Raises:
@@ -123,7 +127,6 @@ def evaluate_model(
     tokens = _windows(model, text, windows, length, bos)
     _check_base(model, against, tokens.shape[1])
     tally, held = _run(model, against, tokens, dtype, _kept(against, tokens, dtype, keep_base), on_progress)
-    kl = tally.kl() if against is not None else None
     return Measurement(
         model=model.source.label,
         against=None if against is None else against.source.label,
@@ -135,11 +138,6 @@ def evaluate_model(
         dtype=str(dtype).removeprefix("torch."),
         num_tokens=tokens[:, 1:].numel(),
         perplexity=tally.perplexity(),
-        base_perplexity=None if against is None else tally.base_perplexity(),
-        kl_mean=None if kl is None else float(kl.mean()),
-        kl_p99=None if kl is None else float(torch.quantile(kl, 0.99)),
-        kl_p999=None if kl is None else float(torch.quantile(kl, 0.999)),
-        top1_agreement=None if against is None else tally.top1_agreement(),
         nbytes=model.nbytes,
         bits_per_weight=model.bits_per_weight,
         seconds=time.perf_counter() - started,
@@ -150,7 +148,24 @@ def evaluate_model(
         cache=model.cache and model.cache["policy"],
         cache_bits=held.bits,
         cache_token_bytes=held.token_bytes(model.dtype),
+        **_beside(against, tally),
     )
+
+
+def _beside(against: Model | None, tally: Tally) -> dict[str, Any]:
+    """What there is to say beside a base model."""
+    if against is None:
+        return {}
+    kl = tally.kl()
+    return {
+        "base_perplexity": tally.base_perplexity(),
+        "kl_mean": float(kl.mean()),
+        "kl_p99": float(torch.quantile(kl, 0.99)),
+        "kl_p999": float(torch.quantile(kl, 0.999)),
+        "top1_agreement": tally.top1_agreement(),
+        "base_nbytes": against.nbytes,
+        "base_bits_per_weight": against.bits_per_weight,
+    }
 
 
 def _kept(

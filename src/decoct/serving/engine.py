@@ -113,6 +113,10 @@ class Engine(Protocol):
     context: int
     weight_nbytes: int
 
+    @property
+    def chats(self) -> bool:
+        """Whether it can hold a conversation: most engines need a chat template for it."""
+
     def generate(
         self, prompts: Sequence[Prompt], options: Options, on_piece: OnPiece = lambda _which, _piece: None
     ) -> list[Generation]:

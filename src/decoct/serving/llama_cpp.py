@@ -20,10 +20,12 @@ class LlamaCpp:
         about: one line: what computes.
         context: the most tokens that prompt and answer may have together.
         weight_nbytes: of the file.
+        chats: llama.cpp takes a template of its own where the file has none.
         remove: called when the engine is closed: takes a file away that was only made for it.
     """
 
     name = "llama.cpp"
+    chats = True
 
     def __init__(self, path: Path, *, context: int) -> None:
         """Load a file.

@@ -39,6 +39,11 @@ class NetworkEngine:
             self._text = Text(self._model)
         return self._text
 
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self.text.chats
+
     def generate(
         self, prompts: Sequence[Prompt], options: Options, on_piece: OnPiece = lambda _which, _piece: None
     ) -> list[Generation]:

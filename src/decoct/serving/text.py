@@ -12,6 +12,11 @@ from decoct.store import FolderSource, read_json
 _HALF = "\ufffd"  # what a tokenizer gives for a part of a character
 
 
+def no_template(label: str) -> str:
+    """What is said of a model that cannot hold a conversation."""
+    return f"{label} has no chat template; use decoct generate, or /v1/completions"
+
+
 class Text:
     """A model's tokenizer, its chat template, and the tokens that end an answer.
 
@@ -58,7 +63,7 @@ class Text:
         from jinja2 import TemplateError
 
         if not self.chats:
-            raise ValueError(f"{self._label} has no chat template; use decoct generate, or /v1/completions")
+            raise ValueError(no_template(self._label))
         try:
             text = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
