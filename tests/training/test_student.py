@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from decoct.arch import attention
 from decoct.losses import Batch
 from decoct.methods.heal.distill import Distill
 from decoct.model import open_model
+from decoct.native.library import library
 from decoct.training.network import Student, Teacher
 from decoct.training.objective import objective_of
 from decoct.training.views.choose import vectors_of, views_of
@@ -116,3 +118,20 @@ def test_a_sum_of_losses() -> None:
 def test_wrong_losses(stated: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         objective_of(stated)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(library() is None, reason="decoct was installed without its compiled kernels")
+def test_compiled_attention_serves_half_precision_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast leaves rotated queries and keys in float32, values in bfloat16; torch's attention casts them alike."""
+    save_model("llama", tmp_path, torch.bfloat16)
+    model, served = open_model(tmp_path), list[tuple[torch.dtype, ...]]()
+
+    def spy(*given: torch.Tensor, scale: float) -> None:
+        served.append(tuple(each.dtype for each in given))
+
+    monkeypatch.setattr(attention, "attend", spy)
+    student = Student(
+        model, views_of(model, EVERYTHING), vectors_of(model, EVERYTHING), torch.bfloat16, recompute=False
+    )
+    student(TOKENS, objective_of("cross_entropy"), None, Batch.of(TOKENS))
+    assert served == [(torch.bfloat16,) * 3] * model.num_blocks

@@ -5,6 +5,7 @@ On CPUs most of a small model's pass is torch's attention; the kernels take a th
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from decoct.native import attend
@@ -52,10 +53,17 @@ def _attention(
     )
     if plain:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        found = attend(query, key, value, scale=scale)
+        found = attend(*_autocast(query, key, value), scale=scale)
         if found is not None:
             return found, None
     theirs: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **settings
     )
     return theirs
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype in which autocast would have torch attend: rotated queries and keys come out of it in float32."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype("cpu")) for each in tensors)
