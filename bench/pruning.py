@@ -37,12 +37,22 @@ ROWS: Rows = {
     },
     **{f"width 20 %, {m}, refitted": ("quick", width(m, 0.8, reconstruct=True)) for m in ("magnitude_width", "flap")},
     **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
+    **{
+        f"width {round(100 - 100 * keep)} %, slicegpt": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.9, 0.8)
+    },
     "width 20 %, a third of the heads, ziplm": ("quick", width("ziplm", 0.8, keep_heads=0.67)),
     **{
         f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))
         for percent in (10, 30, 50, 60, 70)
         for m in (SINGLE if percent >= 50 else ("magnitude", "wanda", "sparsegpt"))
     },
+    "wanda 60 %, dsnot": ("quick", linear({"wanda": {"sparsity": 0.6}}, {"dsnot": {}})),
+    "obd 60 %": ("quick", linear({"obd": {"sparsity": 0.6}})),
+    "sparsegpt 50 %, with gptq 4 bit": ("quick", linear({"sparsegpt": {"sparsity": 0.5, "bits": 4, "group_size": 64}})),
+    "sparsegpt 50 %, then gptq 4 bit": (
+        "quick",
+        linear({"sparsegpt": {"sparsity": 0.5}}, {"gptq": {"bits": 4, "group_size": 64}}),
+    ),
     **{
         f"{m} 70 %, owl": ("quick", linear({m: {"sparsity": 0.7, "owl": 0.08}})) for m in ("wanda", "sparsegpt", "alps")
     },

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,3 +303,23 @@ def test_what_a_later_stage_refuses_is_refused_before_the_search(
     monkeypatch.setattr("decoct.api.find_bits", forbidden)
     with pytest.raises(ValueError, match="group_size 64 does not divide heads"):
         decoct.compress(base, recipe(base, stages=[{"cache": {"kivi": {"group_size": 64}}}]), tmp_path / "out")
+
+
+def test_the_time_of_the_search_counts(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def slowly(*given: Any) -> Any:
+        begun.append(time.perf_counter())
+        time.sleep(0.5)
+        return find.find_bits(*given)
+
+    monkeypatch.setattr("decoct.api.find_bits", slowly)
+    result = decoct.compress(base, recipe(base), tmp_path / "out")
+    search = result.seconds - sum(part["seconds"] for part in stage_parts(tmp_path / "out"))
+    assert search > 0.5
+    assert result.seconds < time.perf_counter() - begun[0] + 5
+
+
+def stage_parts(out: Path) -> list[dict[str, Any]]:
+    """What decoct-run.json tells of the recipe's own parts."""
+    return [part for stage in json.loads((out / "decoct-run.json").read_text())["stages"] for part in stage["parts"]]

@@ -69,6 +69,7 @@ class Job:
         out: output folder.
         fresh: discard what an unfinished run, or an earlier result of decoct, left there.
         accept: told what the job is expected to make, before it does anything; raises ValueError to refuse it.
+        started: when work on it began, a search for its bits included, by `time.perf_counter()`.
     """
 
     model: Model
@@ -78,6 +79,7 @@ class Job:
     out: Path
     fresh: bool = False
     accept: Callable[[Model], None] = field(default=lambda _: None)
+    started: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,6 @@ def compress_job(job: Job, watch: Watch) -> Result:
     Raises:
         ValueError: anything the user can mend; one line that says what to do.
     """
-    started = time.perf_counter()
     given, job = job.stages, replace(job, stages=completed(job.model, job.stages))
     run, done = job.out / RUN_FOLDER, job.out / DONE_FOLDER
     if not job.fresh and is_result_of(job.out, job):
@@ -136,7 +137,7 @@ def compress_job(job: Job, watch: Watch) -> Result:
             if isinstance(stage, StructureStage):  # only now it shows which matrices there are
                 with planning_as_at(loaded):
                     plans[number + 1 :] = _plan_rest(job, number + 1, model)
-        write_summary(job.out, [planned.kind for planned in plans], events, started)
+        write_summary(job.out, [planned.kind for planned in plans], events, job.started)
     run.replace(done)  # at once: a run folder that is half removed would look like an unfinished run
     shutil.rmtree(done)
     return read_result(job.out)

@@ -25,7 +25,7 @@ class Result:
         folder: the checkpoint.
         nbytes: bytes of its tensors.
         bits_per_weight: everything counted.
-        seconds: of the process that finished it; a resumed run counts from the resumption.
+        seconds: of the process that finished it, searching included; a resumed run counts from the resumption.
         peak_bytes: most memory that this process held.
         errors: relative squared error of each part that was compressed, by part, of the last stage that streamed the
             blocks.
@@ -53,7 +53,7 @@ def write_summary(folder: Path, kinds: Sequence[str], events: Sequence[Sequence[
         folder: the checkpoint.
         kinds: of each stage, as in `Plan.kind`.
         events: of each stage, those of parts and steps restored from an earlier process included.
-        started: when this process began, by `time.perf_counter()`.
+        started: when this process began with it, by `time.perf_counter()`.
     """
     stages = [
         {
