@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from decoct.native.library import FLOATS, TYPES, Attention, AttentionGradient, Heads, Library, library
 
-_FASTER = ("avx512", "avx512bf16")  # than torch; at other levels torch attends
+_FASTER = ("avx2", "avx512", "avx512bf16")  # than torch; at other levels torch attends
 
 
 def attend(

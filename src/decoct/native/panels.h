@@ -111,7 +111,7 @@ DECOCT_INLINE void add_eight(
 
 template <int BITS, int COUNT, class Value>
 void multiply_panel(const DecoctMatrix& m, const Inputs& in, int64_t panel, const Value& value, bool integers, float* out) {
-  constexpr int CHAINS = COUNT == 1 ? 4 : 2;  // sums that do not wait for one another
+  constexpr int CHAINS = COUNT == 1 ? 4 : kChains;  // sums that do not wait for one another
   const int64_t units = in.width / kUnit;
   const uint32_t* unit = (const uint32_t*)m.codes + panel * units * BITS * kRows;
   const Groups groups(m, panel, Value::centred, integers);

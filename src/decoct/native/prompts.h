@@ -10,6 +10,8 @@ namespace DECOCT_LEVEL {
 
 #if defined(__AVX512F__)
 constexpr int kTall = 8;  // with two vectors beside each other half of the registers
+#elif defined(__AVX2__)
+constexpr int kTall = 3;
 #else
 constexpr int kTall = 2;
 #endif
@@ -201,7 +203,7 @@ void differentiate_head(const DecoctAttentionGradient& g, Head of, float* room) 
       const float mean = sum_lanes(products), level = a.levels[some.level(i)];
       some.hide(i, -INFINITY, mine);
       for (int64_t p = some.begin; p < some.end; p += 16) {
-        const Floats s = load<Floats>(mine + p), share = s == Floats{} - INFINITY ? Floats{} : exponential(s - level);
+        const Floats s = load<Floats>(mine + p), share = pick(s == Floats{} - INFINITY, Floats{}, exponential(s - level));
         store(mine + p, share);
         store(change + p, share * (load<Floats>(change + p) - mean));
       }

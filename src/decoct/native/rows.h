@@ -10,7 +10,7 @@ namespace DECOCT_LEVEL {
 // The dot products of one row with `COUNT` inputs, which are zero behind the row's end.
 template <int COUNT, class Reader>
 void dot_products(Reader reader, const Inputs& in, int64_t cols, float* out, int64_t step) {
-  constexpr int CHAINS = COUNT == 1 ? 4 : 2;  // sums that do not wait for one another
+  constexpr int CHAINS = COUNT == 1 ? 4 : kChains;  // sums that do not wait for one another
   Floats sums[COUNT][CHAINS] = {};
   int64_t column = 0;
   for (; column + 16 * CHAINS <= cols; column += 16 * CHAINS)
@@ -46,6 +46,24 @@ struct DenseReader {
   }
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For eight bits of a bitmap the value that each lane takes; 128 for none.
+struct Places {
+  uint8_t of[256][8] = {};
+  constexpr Places() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 0, next = 0; lane < 8; ++lane) of[mask][lane] = mask >> lane & 1 ? next++ : 128;
+  }
+};
+constexpr Places kPlaces;
+
+DECOCT_INLINE Eight spread_eight(Eight values, uint32_t mask) {
+  const __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kPlaces.of[mask & 255]));
+  const __m256i none = _mm256_srai_epi32(_mm256_slli_epi32(places, 24), 31);
+  return (Eight)_mm256_andnot_ps(_mm256_castsi256_ps(none), _mm256_permutevar8x32_ps((__m256)values, places));
+}
+#endif
+
 // A bitmap, and the values where it is set.
 template <int TYPE>
 struct BitmapReader {
@@ -58,17 +76,29 @@ struct BitmapReader {
     uint32_t mask = bitmap[column / 8];
     if (column + 8 < m.cols) mask |= (uint32_t)bitmap[column / 8 + 1] << 8;
     __builtin_prefetch((const char*)m.values + at * kSizes[TYPE] + 64 * kAhead);
-    const Floats values = m.count - at >= 16 ? load_numbers(m.values, at, TYPE)
-                                             : load_some(m.values, at, TYPE, m.count - at);
-    at += __builtin_popcount(mask);
+    const Floats values = values_from(at);
 #if defined(__AVX512F__)
+    at += __builtin_popcount(mask);
     return (Floats)_mm512_maskz_expand_ps((__mmask16)mask, (__m512)values);
+#elif defined(__AVX2__)
+    const Floats later = values_from(at + __builtin_popcount(mask & 255));
+    at += __builtin_popcount(mask);
+    return {spread_eight(values.low, mask), spread_eight(later.low, mask >> 8)};
 #else
-    float lanes[16], spread[16];
+    uint32_t lanes[16], spread[16];
     store(lanes, values);
-    for (int i = 0, next = 0; i < 16; ++i) spread[i] = mask >> i & 1 ? lanes[next++] : 0.0f;
+    int next = 0;
+    for (int i = 0; i < 16; ++i) {  // without a branch, which could not be foretold
+      const uint32_t set = mask >> i & 1;
+      spread[i] = lanes[next & 15] & -set;
+      next += set;
+    }
+    at += next;
     return load<Floats>(spread);
 #endif
+  }
+  DECOCT_INLINE Floats values_from(int64_t first) const {
+    return m.count - first >= 16 ? load_numbers(m.values, first, TYPE) : load_some(m.values, first, TYPE, m.count - first);
   }
 };
 
@@ -93,9 +123,9 @@ struct TableReader {
   TableReader(const DecoctMatrix& matrix, int64_t row)
       : m(matrix), first(row * matrix.stride), table(matrix.table + 16 * (row / matrix.rows_per_table)) {}
   DECOCT_INLINE Floats operator()(int64_t column) const {
-    const Words shifts = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS,
-                          0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
-    const Ints second = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+    static constexpr uint32_t shifts[16] = {0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS,
+                                            0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS};
+    static constexpr int32_t second[16] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
     const int64_t byte = first + column / 8 * BITS;  // eight codes take BITS bytes
     const uint8_t* codes = (const uint8_t*)m.codes + byte;
     uint32_t low, high;
@@ -106,7 +136,7 @@ struct TableReader {
     } else {
       low = (uint32_t)eight_codes(m, byte), high = (uint32_t)eight_codes(m, byte + BITS);
     }
-    return table[(second ? Words{} + high : Words{} + low) >> shifts];
+    return table[pick(load<Ints>(second), Words{} + high, Words{} + low) >> load<Words>(shifts)];
   }
 };
 
@@ -144,7 +174,7 @@ struct VectorReader {
   DECOCT_INLINE Floats operator()(int64_t column) {
     if constexpr (D == 8) {
       const Eight first = eight(column / 8), second = column + 8 < m.cols ? eight(column / 8 + 1) : Eight{};
-      return __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      return beside(first, second);
     }
     for (; have < 16; have += d, ++next)
       for (int64_t k = 0; k < d; ++k) {

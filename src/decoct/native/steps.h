@@ -20,7 +20,7 @@ DECOCT_INLINE Floats rounded(Floats values, int32_t type) {
 // e**x to a few units in the last place.
 DECOCT_INLINE Floats exponential(Floats x) {
   const Floats low = Floats{} - 87.33654f, high = Floats{} + 88.02969f;
-  x = x < low ? low : x > high ? high : x;
+  x = pick(x < low, low, pick(x > high, high, x));
   const Floats shifter = Floats{} + 12582912.0f;  // adding it rounds to whole numbers
   const Floats n = (x * 1.44269504f + shifter) - shifter;
   const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -31,7 +31,7 @@ DECOCT_INLINE Floats exponential(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+  return p * (Floats)((convert<Ints>(n) + 127) << 23);
 }
 
 DECOCT_INLINE Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }
@@ -40,8 +40,10 @@ DECOCT_INLINE Floats activated(Floats x, int32_t activation) {
   if (activation == DECOCT_SILU) return x / (exponential(-x) + 1.0f);
   if (activation == DECOCT_GELU_TANH)
     return 0.5f * x * (1.0f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x)));
-  for (int i = 0; i < 16; ++i) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
-  return x;
+  float lanes[16];
+  store(lanes, x);
+  for (float& lane : lanes) lane = 0.5f * lane * (1.0f + std::erf(lane * 0.70710678f));
+  return load<Floats>(lanes);
 }
 
 void normalise(const void* x, int64_t count, const DecoctNorm& norm, int32_t type, void* out) {
@@ -89,6 +91,7 @@ void cap(float* x, int64_t count, float most) {
     store_some(x, i, DECOCT_F32, hyperbolic_tangent(load_some(x, i, DECOCT_F32, count - i) / most) * most, count - i);
 }
 
+#if defined(__AVX512F__)
 // Lane j of a fold, in the numbering of two vectors side by side: PART lanes of each segment of 2 * PART lanes.
 constexpr int folded_lane(int part, int j, bool upper) {
   const int segments = 8 / part, segment = j / part;
@@ -117,6 +120,14 @@ DECOCT_INLINE Floats sums_of(const Floats (&v)[16]) {
   for (int i = 0; i < 4; ++i) four[i] = fold<4>(eight[2 * i], eight[2 * i + 1]);
   return fold<1>(fold<2>(four[0], four[1]), fold<2>(four[2], four[3]));
 }
+#else
+DECOCT_INLINE Floats sums_of(const Floats (&v)[16]) {
+  float lanes[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) lanes[i] = sum_lanes(v[i]);
+  return load<Floats>(lanes);
+}
+#endif
 
 // Rows of `size` numbers as floats, `padded` apart, zeros behind each.
 template <int TYPE>
@@ -148,12 +159,11 @@ DECOCT_INLINE Raised raise(float* scores, int64_t count, int32_t type) {
   Floats most = Floats{} - INFINITY, total = {};
   for (int64_t p = 0; p < count; p += 16) {
     const Floats s = load<Floats>(scores + p);
-    most = s > most ? s : most;
+    most = pick(s > most, s, most);
   }
-  float largest = most[0];
-  for (int i = 1; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
+  const float largest = largest_lane(most);
   for (int64_t p = 0; p < count; p += 16) {
-    const Floats s = load<Floats>(scores + p), share = s == Floats{} - INFINITY ? Floats{} : exponential(s - largest);  // a NaN stays one
+    const Floats s = load<Floats>(scores + p), share = pick(s == Floats{} - INFINITY, Floats{}, exponential(s - largest));  // a NaN stays one
     total += share;
     store(scores + p, rounded_share(share, type));
   }

@@ -8,18 +8,10 @@
 namespace decoct {
 namespace DECOCT_LEVEL {
 
+#if defined(__AVX512F__)
 typedef uint64_t Longs __attribute__((vector_size(64)));
 typedef uint32_t EightWords __attribute__((vector_size(32)));
-
-DECOCT_INLINE Floats look_up(const float* table, Words index) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
-#else
-  float found[16];
-  for (int i = 0; i < 16; ++i) found[i] = table[index[i]];
-  return load<Floats>(found);
 #endif
-}
 
 // Walks down the rows of one column, 16 at a time.
 struct TrellisColumn {
@@ -28,14 +20,12 @@ struct TrellisColumn {
   int64_t digit;  // of the sequence, a multiple of 8
   const uint64_t mask;
   const int before;  // bits of a state that belong to earlier digits
-  Longs shifts;
 
   TrellisColumn(const DecoctMatrix& matrix, int64_t column, int64_t row)
       : m(matrix), mask(((uint64_t)1 << (matrix.books + 1) * matrix.bits) - 1), before(matrix.books * matrix.bits) {
     const int64_t at = column % m.d * m.rows + row, number = at / m.rows_per_table;
     sequence = (const uint8_t*)m.codes + (column / m.d * m.count + number) * m.stride;
     digit = at - number * m.rows_per_table;
-    for (int i = 0; i < 8; ++i) shifts[i] = (uint64_t)(i * m.bits);
   }
 
   // Eight digits and those before them; before a sequence's first digit lies its last.
@@ -57,9 +47,20 @@ struct TrellisColumn {
   // Values of the next 16 rows, or of the last 8.
   DECOCT_INLINE Floats next(bool whole) {
     const uint64_t first = eight(), second = whole ? eight() : first;
+#if defined(__AVX512F__)
+    const Longs shifts = Longs{0, 1, 2, 3, 4, 5, 6, 7} * (uint64_t)m.bits;
     const EightWords low = __builtin_convertvector(((Longs{} + first) >> shifts) & mask, EightWords);
     const EightWords high = __builtin_convertvector(((Longs{} + second) >> shifts) & mask, EightWords);
-    return look_up(m.table, __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const Words both = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Floats)_mm512_i32gather_ps((__m512i)both, m.table, 4);
+#else
+    float found[16];
+    for (int i = 0; i < 8; ++i) {
+      found[i] = m.table[first >> i * m.bits & mask];
+      found[8 + i] = m.table[second >> i * m.bits & mask];
+    }
+    return load<Floats>(found);
+#endif
   }
 };
 

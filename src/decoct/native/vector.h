@@ -1,5 +1,4 @@
-// Sixteen lanes of float and int32, and the few operations that instruction levels do differently.
-// The compiler splits them into registers of the level's width, so all levels share the code of kernels.h.
+// Sixteen lanes of float and int32, and the few operations that instruction levels do differently: all levels share the rest.
 #pragma once
 
 #include <cstdint>
@@ -11,48 +10,110 @@
 
 #define DECOCT_INLINE inline __attribute__((always_inline))
 
+#include "wide.h"
+
 namespace decoct {
 namespace DECOCT_LEVEL {
 
+typedef float Four __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+typedef float Eight __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
+#else
+#if defined(__AVX2__)
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t EightInts __attribute__((vector_size(32)));
+typedef uint32_t EightWords __attribute__((vector_size(32)));
+typedef uint16_t EightHalves __attribute__((vector_size(16)));
+typedef uint8_t EightBytes __attribute__((vector_size(8)));
+#else
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef uint32_t FourWords __attribute__((vector_size(16)));
+typedef uint16_t FourHalves __attribute__((vector_size(8)));
+typedef uint8_t FourBytes __attribute__((vector_size(4)));
+typedef Pair<Four> Eight;
+typedef Pair<FourInts> EightInts;
+typedef Pair<FourWords> EightWords;
+typedef Pair<FourHalves> EightHalves;
+typedef Pair<FourBytes> EightBytes;
+#endif
+typedef Pair<Eight> Floats;
+typedef Pair<EightInts> Ints;
+typedef Pair<EightWords> Words;
+typedef Pair<EightHalves> Halves;
+typedef Pair<EightBytes> Bytes;
+#endif
 
 template <class V>
 DECOCT_INLINE V load(const void* from) {
-  V v;
-  memcpy(&v, from, sizeof v);
-  return v;
+  if constexpr (IsPair<V>::value) {
+    typedef decltype(V::low) Half;
+    return {load<Half>(from), load<Half>((const char*)from + sizeof(Half))};
+  } else {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+  }
 }
 
 template <class V>
 DECOCT_INLINE void store(void* to, V v) {
-  memcpy(to, &v, sizeof v);
+  if constexpr (IsPair<V>::value) {
+    store(to, v.low);
+    store((char*)to + sizeof v.low, v.high);
+  } else {
+    memcpy(to, &v, sizeof v);
+  }
+}
+
+// The same numbers in another type.
+template <class To, class From>
+DECOCT_INLINE To convert(From v) {
+  if constexpr (IsPair<To>::value) {
+    return {convert<decltype(To::low)>(v.low), convert<decltype(To::low)>(v.high)};
+  } else {
+    return __builtin_convertvector(v, To);
+  }
+}
+
+// Lanes of one or the other, by comparisons.
+template <class Mask, class V>
+DECOCT_INLINE V pick(Mask mask, V yes, V no) {
+  if constexpr (IsPair<V>::value) {
+    return {pick(mask.low, yes.low, no.low), pick(mask.high, yes.high, no.high)};
+  } else {
+    return mask ? yes : no;
+  }
+}
+
+DECOCT_INLINE Floats beside(Eight first, Eight second) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  return {first, second};
+#endif
 }
 
 // Codes are below 2**31, so they convert as signed numbers, which every level does in one instruction.
-DECOCT_INLINE Floats to_floats(Words codes) { return __builtin_convertvector((Ints)codes, Floats); }
+DECOCT_INLINE Floats to_floats(Words codes) { return convert<Floats>((Ints)codes); }
 
 DECOCT_INLINE Floats from_bf16(Halves halves) {
-  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+  return (Floats)(convert<Words>(halves) << 16);
 }
 
 DECOCT_INLINE Floats from_f16(Halves halves) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps((__m256i)halves);
 #elif defined(__AVX2__)
-  Floats out;
-  const __m128i* half = (const __m128i*)&halves;
-  __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(half)), high = _mm256_cvtph_ps(_mm_loadu_si128(half + 1));
-  memcpy(&out, &low, 32);
-  memcpy((char*)&out + 32, &high, 32);
-  return out;
+  return {(Eight)_mm256_cvtph_ps((__m128i)halves.low), (Eight)_mm256_cvtph_ps((__m128i)halves.high)};
 #else
   // The difference of the exponents' biases is a factor of 2**112, right for subnormal numbers too; infinities and NaN
   // have all bits of the exponent set, before and after.
-  const Words wide = __builtin_convertvector(halves, Words);
+  const Words wide = convert<Words>(halves);
   const Words magnitude = (wide & 0x7fffu) << 13;
   const Words finite = (Words)((Floats)magnitude * 5.192296858534828e33f);
   const Words special = (Words)((wide & 0x7c00u) == 0x7c00u);
@@ -65,21 +126,15 @@ DECOCT_INLINE Halves to_bf16(Floats values) {
   const Words rounded = bits + 0x7fffu + (bits >> 16 & 1u);
   const Words quiet = bits | 0x400000u;  // a NaN stays one
   const Words nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector(((quiet & nan) | (rounded & ~nan)) >> 16, Halves);
+  return convert<Halves>(((quiet & nan) | (rounded & ~nan)) >> 16);
 }
 
 DECOCT_INLINE Halves to_f16(Floats values) {
 #if defined(__AVX512F__)
   return (Halves)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
-  Halves out;
-  __m256 half[2];
-  memcpy(half, &values, 64);
-  for (int i = 0; i < 2; ++i) {
-    const __m128i packed = _mm256_cvtps_ph(half[i], _MM_FROUND_TO_NEAREST_INT);
-    memcpy((char*)&out + 16 * i, &packed, 16);
-  }
-  return out;
+  return {(EightHalves)_mm256_cvtps_ph((__m256)values.low, _MM_FROUND_TO_NEAREST_INT),
+          (EightHalves)_mm256_cvtps_ph((__m256)values.high, _MM_FROUND_TO_NEAREST_INT)};
 #else
   // Adding a number whose last place is the half's last place rounds to it, ties to even.
   const Words bits = (Words)values, magnitude = bits & 0x7fffffffu;
@@ -93,7 +148,7 @@ DECOCT_INLINE Halves to_f16(Floats values) {
   const Words nan = (Words)(magnitude > 0x7f800000u);
   const Words top = 0x7c00u | (nan & 0x200u);
   const Words out = (normal & ~(special | huge)) | (top & (special | huge));
-  return __builtin_convertvector(out | (bits >> 16 & 0x8000u), Halves);
+  return convert<Halves>(out | (bits >> 16 & 0x8000u));
 #endif
 }
 
@@ -108,34 +163,32 @@ struct Table {
 #elif defined(__AVX2__)
   __m256 low, high;
   DECOCT_INLINE explicit Table(const float* from) : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
-  DECOCT_INLINE Floats operator[](Words index) const {
-    Floats out;
-    __m256i half[2];
-    memcpy(half, &index, 64);
-    for (int i = 0; i < 2; ++i) {
-      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(half[i], 28));
-      const __m256 found = _mm256_blendv_ps(
-          _mm256_permutevar8x32_ps(low, half[i]), _mm256_permutevar8x32_ps(high, half[i]), upper);
-      memcpy((char*)&out + 32 * i, &found, 32);
-    }
-    return out;
+  DECOCT_INLINE Eight eight(__m256i index) const {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return (Eight)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
   }
+  DECOCT_INLINE Floats operator[](Words index) const { return {eight((__m256i)index.low), eight((__m256i)index.high)}; }
 #else
   const float* entries;
   DECOCT_INLINE explicit Table(const float* from) : entries(from) {}
   DECOCT_INLINE Floats operator[](Words index) const {
-    Floats out;
-    for (int i = 0; i < 16; ++i) out[i] = entries[index[i] & 15u];
-    return out;
+    uint32_t at[16];
+    float found[16];
+    store(at, index);
+    for (int i = 0; i < 16; ++i) found[i] = entries[at[i] & 15u];
+    return load<Floats>(found);
   }
 #endif
 };
 
-// Whether looking integers up in a table is faster than converting them.
+// Whether looking integers up in a table is faster than converting them; and how many sums of each of several inputs fit into the
+// registers.
 #if defined(__AVX512F__)
 constexpr bool kLookUpIntegers = true;
+constexpr int kChains = 2;
 #else
 constexpr bool kLookUpIntegers = false;
+constexpr int kChains = 1;
 #endif
 
 DECOCT_INLINE Floats load_numbers(const void* from, int64_t first, int32_t type) {
@@ -144,7 +197,7 @@ DECOCT_INLINE Floats load_numbers(const void* from, int64_t first, int32_t type)
     case DECOCT_F32: return load<Floats>(bytes + 4 * first);
     case DECOCT_F16: return from_f16(load<Halves>(bytes + 2 * first));
     case DECOCT_BF16: return from_bf16(load<Halves>(bytes + 2 * first));
-    default: return to_floats(__builtin_convertvector(load<Bytes>(bytes + first), Words));
+    default: return to_floats(convert<Words>(load<Bytes>(bytes + first)));
   }
 }
 
@@ -157,14 +210,27 @@ DECOCT_INLINE void store_numbers(void* to, int64_t first, int32_t type, Floats v
   }
 }
 
-typedef float Eight __attribute__((vector_size(32)));
-typedef float Four __attribute__((vector_size(16)));
-
 DECOCT_INLINE float sum_lanes(Floats v) {
+#if defined(__AVX512F__)
   const Eight eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                       __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const Eight eight = v.low + v.high;
+#endif
+#if defined(__AVX2__)
   const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+  const Four four = eight.low + eight.high;
+#endif
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+DECOCT_INLINE float largest_lane(Floats v) {
+  float lanes[16];
+  store(lanes, v);
+  float largest = lanes[0];
+  for (int i = 1; i < 16; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
 }
 
 constexpr int kSizes[] = {4, 2, 2, 1, 2, 4};  // bytes of each DecoctType
@@ -194,21 +260,29 @@ DECOCT_INLINE Floats load_some(const void* from, int64_t first, int32_t type, in
   return numbers_at(lanes, 0, type);
 }
 
-#if defined(__AVX512F__)
-constexpr int upper_lane(int step, int lane) { return lane & step ? 16 + lane - step : lane; }
-constexpr int lower_lane(int step, int lane) { return lane & step ? 16 + lane : lane + step; }
-
-#define DECOCT_LANES(pick)                                                                                           \
-  pick(STEP, 0), pick(STEP, 1), pick(STEP, 2), pick(STEP, 3), pick(STEP, 4), pick(STEP, 5), pick(STEP, 6),           \
-      pick(STEP, 7), pick(STEP, 8), pick(STEP, 9), pick(STEP, 10), pick(STEP, 11), pick(STEP, 12), pick(STEP, 13),   \
-      pick(STEP, 14), pick(STEP, 15)
-
 // One step of a transposition: two rows that are STEP apart exchange what lies STEP lanes beside the diagonal.
-template <int STEP>
-DECOCT_INLINE void exchange(Floats& upper, Floats& lower) {
-  const Floats a = upper, b = lower;
-  upper = __builtin_shufflevector(a, b, DECOCT_LANES(upper_lane));
-  lower = __builtin_shufflevector(a, b, DECOCT_LANES(lower_lane));
+template <int STEP, int LANES>
+constexpr int upper_lane(int lane) { return lane & STEP ? LANES + lane - STEP : lane; }
+template <int STEP, int LANES>
+constexpr int lower_lane(int lane) { return lane & STEP ? LANES + lane : lane + STEP; }
+
+template <int STEP, class V, int... LANE>
+DECOCT_INLINE void exchange_lanes(V& upper, V& lower, std::integer_sequence<int, LANE...>) {
+  const V a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, upper_lane<STEP, sizeof...(LANE)>(LANE)...);
+  lower = __builtin_shufflevector(a, b, lower_lane<STEP, sizeof...(LANE)>(LANE)...);
+}
+
+template <int STEP, class V>
+DECOCT_INLINE void exchange(V& upper, V& lower) {
+  if constexpr (!IsPair<V>::value) {
+    exchange_lanes<STEP>(upper, lower, std::make_integer_sequence<int, sizeof(V) / sizeof(float)>());
+  } else if constexpr (STEP * 2 * sizeof(float) == sizeof(V)) {
+    std::swap(upper.high, lower.low);
+  } else {
+    exchange<STEP>(upper.low, lower.low);
+    exchange<STEP>(upper.high, lower.high);
+  }
 }
 
 template <int STEP>
@@ -224,17 +298,6 @@ __attribute__((noinline)) void transpose(Floats (&block)[16]) {
   exchange_all<2>(block);
   exchange_all<1>(block);
 }
-#else
-__attribute__((noinline)) void transpose(Floats (&block)[16]) {
-  float* entries = (float*)block;
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < i; ++k) {
-      const float entry = entries[16 * i + k];
-      entries[16 * i + k] = entries[16 * k + i];
-      entries[16 * k + i] = entry;
-    }
-}
-#endif
 
 }  // namespace DECOCT_LEVEL
 }  // namespace decoct

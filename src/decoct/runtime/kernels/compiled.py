@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import linear
 from typing_extensions import override
 
 from decoct.native.library import FLOATS, LEVELS, TYPES, Layout, Library, Matrix
+from decoct.runtime.kernels.dense import dense_product
 from decoct.runtime.kernels.product import MOST_DIRECT, Product
 
 BLOCK = 16
@@ -105,5 +105,5 @@ class Compiled(Product):
         total = -(-self.shape[0] // BLOCK)
         tiles = [range(start, min(start + step, total)) for start in range(0, total, step)]
         if len(tiles) == 1:
-            return linear(x, self._blocks(tiles[0], x.dtype))
-        return torch.cat([linear(x, self._blocks(tile, x.dtype)) for tile in tiles], -1)
+            return dense_product(x, self._blocks(tiles[0], x.dtype))
+        return torch.cat([dense_product(x, self._blocks(tile, x.dtype)) for tile in tiles], -1)

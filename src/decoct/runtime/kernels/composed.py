@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import linear
 from typing_extensions import override
 
+from decoct.runtime.kernels.dense import dense_product
 from decoct.runtime.kernels.product import MOST_DIRECT, Product
 from decoct.weights import Columns, LowRank, QuantizedInput, Weight
 
@@ -72,7 +72,7 @@ class Composed(Product):
         if x.numel() // self.shape[1] > MOST_DIRECT:
             if self.factors is not None and self._thin and x.dtype != torch.float16:  # half's range is too small
                 return self.factors[0](self.factors[1](x))
-            return linear(x, self.unpack(x.dtype))
+            return dense_product(x, self.unpack(x.dtype))
         return self._expression.apply(x.float()).to(x.dtype)
 
     @override
