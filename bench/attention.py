@@ -1,7 +1,8 @@
 """Attention of the compiled kernels and torch's own, forward and backward, in turn (A B A B); fills results/attention.jsonl.
 
-usage: attention.py [--threads 1] [--rounds 7]
-Causal, whole sequences; medians of the rounds, in milliseconds.
+usage: attention.py [--threads 1] [--rounds 7] [--level avx2]
+Causal, whole sequences; medians of the rounds, in milliseconds. --level: no newer instructions than these; for torch,
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 in the environment say the same.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from decoct.native import attend
+from decoct.native.library import library
 
 SHAPES = {
     "SmolLM2-135M, 4 x 512 tokens": (4, 9, 3, 64, 512),
@@ -52,7 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--level")
     args = parser.parse_args()
+    kernels = library()
+    if args.level and kernels:
+        kernels.levels = kernels.levels[: kernels.levels.index(args.level) + 1]
     torch.set_num_threads(args.threads)
     for name, (sequences, heads, kv_heads, channels, tokens) in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
@@ -66,6 +72,7 @@ def main() -> None:
             }
             date = datetime.now(UTC).isoformat("T", "seconds")
             line = {"shape": name, "dtype": str(dtype).removeprefix("torch."), **found, "threads": args.threads}
+            line |= {"level": kernels.levels[-1] if kernels else "none", "capability": torch.backends.cpu.get_cpu_capability()}
             line |= {"machine": machine(), "torch": torch.__version__, "date": date}
             with (HERE / "results" / "attention.jsonl").open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")

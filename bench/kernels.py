@@ -3,6 +3,9 @@
 On one thread the processor's time is measured too: it says what a kernel takes where other work takes turns with it.
 
 python bench/kernels.py --threads 1 >> bench/results/kernels.jsonl
+
+--level avx2 measures an older processor's instructions on a newer one; ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 in the
+environment bring torch to the same.
 """
 
 import argparse
@@ -103,16 +106,21 @@ def several(weight: Weight, x: torch.Tensor) -> tuple[str, int, list[Callable[[]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--level", help="no newer instructions than these, e.g. avx2")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     x = torch.randn(1, IN).bfloat16()
     dense = [torch.randn(OUT, IN).bfloat16() for _ in range(3)]
     base = [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]
     found = library()
+    if args.level and found:
+        found.levels = found.levels[: found.levels.index(args.level) + 1]
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "level": found.levels[-1] if found else "none",
+        "torch": torch.backends.cpu.get_cpu_capability(),
     }
     for name, make in weights().items():
         kernel, nbytes, calls = several(make(), x)
