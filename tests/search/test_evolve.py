@@ -49,7 +49,7 @@ def test_a_group_that_gains_is_paid_for_by_others() -> None:
 
 def test_it_comes_closer_and_may_be_stopped_anywhere() -> None:
     kept: list[Generation] = []
-    search = Search(bits=3, generations=30, offspring=16)
+    search = Search(bits=3, generations=30, patience=30, offspring=16)
     found = evolve(Generation(0, START), SIZES, BUDGET, far, search, 8, kept.append)
     assert found.number == 30
     assert found.divergence is not None
@@ -75,6 +75,25 @@ def test_most_offspring_are_judged_on_few_sequences() -> None:
     evolve(Generation(0, START), SIZES, BUDGET, fitness, Search(bits=3, generations=2), 8, lambda _: None)
     # The first generation's finalists are compared with the parent, whose divergence is known from then on.
     assert asked == [(16, 2), (5, 8), (16, 2), (4, 8)]
+
+
+def test_it_ends_when_nothing_gets_better() -> None:
+    asked = []
+
+    def fitness(several: Sequence[Options], num_sequences: int) -> list[float]:
+        asked.append(num_sequences)
+        return [1.0 - 1e-5 * len(asked)] * len(several)  # a little better, every time
+
+    kept: list[Generation] = []
+    search = Search(bits=3, generations=30, patience=4)
+    found = evolve(Generation(0, START), SIZES, BUDGET, fitness, search, 8, kept.append)
+    assert [each.idle for each in kept] == [1, 2, 3, 4]
+    assert found == kept[-1]
+    assert evolve(kept[1], SIZES, BUDGET, fitness, search, 8, lambda _: None).number == 4
+    assert found.ended(search)
+    asked.clear()
+    assert evolve(found, SIZES, BUDGET, fitness, search, 8, kept.append) == found
+    assert not asked
 
 
 def test_nothing_to_change() -> None:

@@ -16,6 +16,7 @@ Options = tuple[int, ...]
 Fitness = Callable[[Sequence[Options], int], list[float]]
 """Divergences of some choices, on so many sequences."""
 
+_WORTH = 1e-3  # of the divergence: a generation that lowers it by less is idle
 _MOST_CHANGES = 3  # groups that a mutation raises
 _ATTEMPTS = 64  # mutations tried for one that is new
 _SURVIVORS = 4  # an elimination round keeps one in so many
@@ -30,12 +31,18 @@ class Generation:
         parent: the best choice so far.
         divergence: its own, on all sequences; None before the first generation.
         first: that of the choice that the evolution began with; None as above.
+        idle: of the last generations, how many in a row brought next to nothing.
     """
 
     number: int
     parent: Options
     divergence: float | None = None
     first: float | None = None
+    idle: int = 0
+
+    def ended(self, search: Search) -> bool:
+        """Whether there is nothing left to do."""
+        return self.number >= search.generations or self.idle >= search.patience
 
 
 def evolve(
@@ -54,13 +61,13 @@ def evolve(
         sizes: of each group's options, rising; bytes, or weights kept.
         budget: for all groups together; the first parent must keep it.
         fitness: measures choices.
-        search: generations to be done in all, those before `begin` included; offspring; the seed of the mutations.
+        search: the most generations, those before `begin` included; patience; offspring; the seed of the mutations.
         num_sequences: the most that `fitness` can measure on.
         keep: called after every generation.
     """
     now = begin
     rounds = _rounds(search.offspring, num_sequences)
-    while now.number < search.generations:
+    while not now.ended(search):
         rng = Random(f"{search.seed} {now.number}")  # noqa: S311 - chance, not secrets
         tried: list[Options] = []
         for _ in range(search.offspring):
@@ -77,7 +84,8 @@ def evolve(
         everyone = [now.parent, *tried]
         winner = min(range(len(everyone)), key=lambda n: (scores[n], n))
         first = scores[0] if now.first is None else now.first
-        now = Generation(now.number + 1, everyone[winner], scores[winner], first)
+        idle = now.idle + 1 if scores[winner] >= (1 - _WORTH) * scores[0] else 0
+        now = Generation(now.number + 1, everyone[winner], scores[winner], first, idle)
         keep(now)
     return now
 

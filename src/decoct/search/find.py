@@ -241,8 +241,9 @@ class _Searcher:
         key = {**self._identity, "budget": budget, "offspring": search.offspring, "from": list(begin.parent)}
         saved = _saved(path, key)
         if saved is not None:
-            begin = Generation(saved["number"], tuple(saved["parent"]), saved["divergence"], saved["first"])
-        if begin.number >= search.generations:
+            scores = saved["divergence"], saved["first"], saved["idle"]
+            begin = Generation(saved["number"], tuple(saved["parent"]), *scores)
+        if begin.ended(search):
             return begin
         measurer = self._measurer()
         self._watch.began("changing the choice here and there, and keeping what is better")
@@ -252,8 +253,7 @@ class _Searcher:
         def keep(now: Generation) -> None:
             nonlocal started
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            value = {"number": now.number, "parent": now.parent, "divergence": now.divergence, "first": now.first}
-            write_json(path, {"identity": key, **value})
+            write_json(path, {"identity": key, **asdict(now)})
             part, total = f"generation {now.number}", search.generations
             self._watch.event(Event(part, now.number, total, None, seconds, 0, loss=now.divergence))
 

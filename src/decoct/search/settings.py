@@ -31,6 +31,7 @@ class Search(BaseModel):
         num_measured: of the same, sequences on which true divergences are measured, to correct the estimates and to
             select in the evolution; 0: estimates are taken as they are, and nothing evolves.
         generations: of the evolution; 0: the estimates' best choice is final.
+        patience: after so many generations in a row that lower the divergence by less than a thousandth, it ends.
         offspring: changed choices that are tried in each generation.
         seed: of sampled labels and of the evolution.
     """
@@ -45,6 +46,7 @@ class Search(BaseModel):
     num_sequences: int = Field(default=16, ge=1)
     num_measured: int = Field(default=8, ge=0)
     generations: int = Field(default=10, ge=0)
+    patience: int = Field(default=3, ge=1)
     offspring: int = Field(default=16, ge=1)
     seed: int = 0
 
