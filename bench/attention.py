@@ -72,7 +72,10 @@ def main() -> None:
             }
             date = datetime.now(UTC).isoformat("T", "seconds")
             line = {"shape": name, "dtype": str(dtype).removeprefix("torch."), **found, "threads": args.threads}
-            line |= {"level": kernels.levels[-1] if kernels else "none", "capability": torch.backends.cpu.get_cpu_capability()}
+            line |= {
+                "level": kernels.levels[-1] if kernels else "none",
+                "capability": torch.backends.cpu.get_cpu_capability(),
+            }
             line |= {"machine": machine(), "torch": torch.__version__, "date": date}
             with (HERE / "results" / "attention.jsonl").open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")

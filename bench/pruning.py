@@ -37,9 +37,8 @@ ROWS: Rows = {
     },
     **{f"width 20 %, {m}, refitted": ("quick", width(m, 0.8, reconstruct=True)) for m in ("magnitude_width", "flap")},
     **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
-    **{
-        f"width {round(100 - 100 * keep)} %, slicegpt": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.9, 0.8)
-    },
+    # 9 and 22 % of the parameters
+    **{f"slicegpt, {keep} of the hidden size": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.8, 0.6)},
     "width 20 %, a third of the heads, ziplm": ("quick", width("ziplm", 0.8, keep_heads=0.67)),
     **{
         f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))
@@ -77,6 +76,8 @@ def kind(row: dict[str, Any]) -> str:
     if row["protocol"] == "standard":
         return "standard"
     first = row["row"].split(" ")[0]
+    if first == "slicegpt,":
+        return "width"
     return first if first in ("depth", "width") else "single weights"
 
 

@@ -10,10 +10,21 @@ from decoct.runtime.kernels.dense import dense_product
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("slow", [True, False])
 def test_products_are_rounded_once(dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def spy(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        found = torch.nn.functional.linear(x, matrix)
+        seen.extend((x.dtype, found.dtype))
+        return found
+
     monkeypatch.setattr(dense, "_slow", lambda _: slow)
+    monkeypatch.setattr(dense, "_AT_ONCE", 10 * 96)
+    monkeypatch.setattr(dense, "linear", spy)
     generator = torch.Generator().manual_seed(0)
     x, matrix = (torch.randn(rows, 96, generator=generator).to(dtype) for rows in (40, 24))
-    found = dense_product(x.reshape(2, 20, 96), matrix)
+    with torch.autocast("cpu", enabled=slow):
+        found = dense_product(x.reshape(2, 20, 96), matrix)
+    assert seen == ([torch.float32] * 6 if slow else [dtype] * 2), "ten rows of the matrix at a time"
     assert found.dtype == dtype
     assert found.shape == (2, 20, 24)
     exact = x.double() @ matrix.double().T
@@ -29,5 +40,18 @@ def test_only_what_is_much_slower_is_converted(monkeypatch: pytest.MonkeyPatch) 
     assert chosen == {torch.float32: False, torch.bfloat16: False, torch.float16: True, torch.float64: False}
 
 
-def test_what_a_product_takes_is_measured() -> None:
-    assert 0 < dense._seconds(torch.float32) < 60
+def test_gradients_keep_no_wider_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_slow", lambda _: True)
+    x, matrix = torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(4, 8).bfloat16()
+    found = dense_product(x, matrix)
+    assert torch.equal(found, torch.nn.functional.linear(x, matrix))
+    found.sum().backward()
+    assert x.grad is not None
+
+
+def test_what_a_product_takes_is_measured_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(dense, "linear", lambda x, matrix: seen.append((x @ matrix.T).dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        assert dense._seconds(torch.float32) > 0
+    assert seen == [torch.float32] * 3

@@ -309,17 +309,11 @@ def test_the_time_of_the_search_counts(base: Path, tmp_path: Path, monkeypatch: 
     begun = []
 
     def slowly(*given: Any) -> Any:
-        begun.append(time.perf_counter())
+        begun.append(time.time())
         time.sleep(0.5)
         return find.find_bits(*given)
 
     monkeypatch.setattr("decoct.api.find_bits", slowly)
     result = decoct.compress(base, recipe(base), tmp_path / "out")
-    search = result.seconds - sum(part["seconds"] for part in stage_parts(tmp_path / "out"))
-    assert search > 0.5
-    assert result.seconds < time.perf_counter() - begun[0] + 5
-
-
-def stage_parts(out: Path) -> list[dict[str, Any]]:
-    """What decoct-run.json tells of the recipe's own parts."""
-    return [part for stage in json.loads((out / "decoct-run.json").read_text())["stages"] for part in stage["parts"]]
+    written = (tmp_path / "out" / "decoct-run.json").stat().st_mtime
+    assert result.seconds > written - begun[0] - 0.3

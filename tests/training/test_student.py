@@ -135,3 +135,10 @@ def test_compiled_attention_serves_half_precision_too(tmp_path: Path, monkeypatc
     )
     student(TOKENS, objective_of("cross_entropy"), None, Batch.of(TOKENS))
     assert served == [(torch.bfloat16,) * 3] * model.num_blocks
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    queries = torch.zeros(1, 2, 3, 4, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert {each.dtype for each in attention._autocast(queries, queries.float())} == {torch.float64, torch.float32}
+        assert {each.dtype for each in attention._autocast(queries.float())} == {torch.bfloat16}

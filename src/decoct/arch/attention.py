@@ -64,6 +64,6 @@ def _attention(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the dtype in which autocast would have torch attend: rotated queries and keys come out of it in float32."""
-    if not torch.is_autocast_enabled("cpu"):
+    if not torch.is_autocast_enabled("cpu") or any(each.dtype == torch.float64 for each in tensors):
         return tensors
     return tuple(each.to(torch.get_autocast_dtype("cpu")) for each in tensors)

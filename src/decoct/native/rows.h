@@ -98,6 +98,7 @@ struct BitmapReader {
 #endif
   }
   DECOCT_INLINE Floats values_from(int64_t first) const {
+    if (first > m.count) return Floats{};  // a damaged bitmap has more bits set than there are values
     return m.count - first >= 16 ? load_numbers(m.values, first, TYPE) : load_some(m.values, first, TYPE, m.count - first);
   }
 };

@@ -84,7 +84,7 @@ def evolve(
         everyone = [now.parent, *tried]
         winner = min(range(len(everyone)), key=lambda n: (scores[n], n))
         first = scores[0] if now.first is None else now.first
-        idle = now.idle + 1 if scores[winner] >= (1 - _WORTH) * scores[0] else 0
+        idle = now.idle + 1 if scores[0] - scores[winner] <= _WORTH * abs(scores[0]) else 0
         now = Generation(now.number + 1, everyone[winner], scores[winner], first, idle)
         keep(now)
     return now

@@ -100,10 +100,10 @@ def find_bits(job: Job, search: Search, watch: Watch) -> tuple[Target, Found]:
             )
     check_output(job, run)
     with exclusive(run):
+        check_source_tensors(job.model)  # before anything is discarded
         if job.fresh:
             discard(job.out, run)
         check_room(plan, job.out, run / FOLDER)
-        check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch)
         return plan.target, _Searcher(job, search, plan, tokens, run / FOLDER, watch).run()
 
@@ -241,7 +241,7 @@ class _Searcher:
         key = {**self._identity, "budget": budget, "offspring": search.offspring, "from": list(begin.parent)}
         saved = _saved(path, key)
         if saved is not None:
-            scores = saved["divergence"], saved["first"], saved["idle"]
+            scores = saved["divergence"], saved["first"], saved.get("idle", 0)
             begin = Generation(saved["number"], tuple(saved["parent"]), *scores)
         if begin.ended(search):
             return begin
@@ -254,7 +254,7 @@ class _Searcher:
             nonlocal started
             seconds, started = time.perf_counter() - started, time.perf_counter()
             write_json(path, {"identity": key, **asdict(now)})
-            part, total = f"generation {now.number}", search.generations
+            part, total = f"generation {now.number}", now.number if now.ended(search) else search.generations
             self._watch.event(Event(part, now.number, total, None, seconds, 0, loss=now.divergence))
 
         return evolve(
