@@ -105,25 +105,28 @@ for b in (8, 4, 3, 2):
         f"rtn {b} bit": ("quick", linear({"rtn": grid(b)})),
         f"hqq {b} bit": ("quick", linear({"hqq": {"bits": b, "group_size": 64}})),
         f"gptq {b} bit": ("quick", linear({"gptq": grid(b)})),
+        f"gptaq {b} bit": ("quick", linear({"gptaq": grid(b)})),
+        f"awq {b} bit": ("quick", awq(b)),
+        f"owq {b} bit": ("quick", linear({"owq": grid(b)})),
+        f"spqr {b} bit": ("quick", linear({"spqr": {"bits": b}})),
+        f"autoround {b} bit": ("quick", steps({"autoround": grid(b)})),
+        f"flexround {b} bit": ("quick", steps({"flexround": grid(b)})),
+        f"lrq {b} bit": ("quick", steps({"lrq": grid(b)})),
+        f"omniquant {b} bit": ("quick", steps({"omniquant_let": grid(b)}, {"omniquant": grid(b)})),
     }
 for b in (4, 3, 2):
     ROWS |= {
-        f"gptaq {b} bit": ("quick", linear({"gptaq": grid(b)})),
+        f"squeezellm {b} bit": (
+            "quick",
+            linear({"squeezellm": {"bits": b}}),
+        ),  # at 8 a row's table is as large as its codes
         f"gptq, guided {b} bit": ("quick", linear({"gptq": {**grid(b), "guided": 4}})),
-        f"awq {b} bit": ("quick", awq(b)),
         f"awq, then gptq {b} bit": ("quick", steps({"awq": grid(b)}, {"linear": {"gptq": grid(b)}})),
-        f"squeezellm {b} bit": ("quick", linear({"squeezellm": {"bits": b}})),
-        f"owq {b} bit": ("quick", linear({"owq": grid(b)})),
-        f"autoround {b} bit": ("quick", steps({"autoround": grid(b)})),
         f"gptq, then autoround {b} bit": ("quick", steps({"linear": {"gptq": grid(b)}}, {"autoround": {}})),
         f"gptq, then block_ap {b} bit": ("quick", steps({"linear": {"gptq": grid(b)}}, {"block_ap": {}})),
         f"gptq, then e2e_qp {b} bit": ("quick", then_tuned(linear({"gptq": grid(b)}))),
     }
 ROWS |= {
-    "spqr 3 bit": ("quick", linear({"spqr": {"bits": 3}})),
-    "flexround 3 bit": ("quick", steps({"flexround": grid(3)})),
-    "lrq 3 bit": ("quick", steps({"lrq": grid(3)})),
-    "omniquant 3 bit": ("quick", steps({"omniquant_let": grid(3)}, {"omniquant": grid(3)})),
     "gptq 2 bit, zero points": ("quick", linear({"gptq": {**grid(2), "symmetric": False}})),
     "gptq, then block_ap 2 bit, zero points": (
         "quick", steps({"linear": {"gptq": {**grid(2), "symmetric": False}}}, {"block_ap": {}})
