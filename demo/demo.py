@@ -1,6 +1,7 @@
 """Compress the demo model end to end: inspect, plan, compress, evaluate, a before/after table, a sentence."""
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def main() -> None:
 
     screen.line("\n4. The compressed model writes, loaded by transformers with its weights packed")
     screen.line(f"   {write_sentence(OUT)}")
-    screen.line(f"\nThe result is in {OUT}. Next: decoct inspect {OUT}")
+    screen.line(f"\nThe result is in {OUT}. Next: {Path(sys.executable).parent / 'decoct'} inspect {OUT}")
 
 
 if __name__ == "__main__":
