@@ -41,12 +41,19 @@ def test_only_what_is_much_slower_is_converted(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_gradients_keep_no_wider_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[torch.dtype] = []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved.dtype)
+        return saved
+
     monkeypatch.setattr(dense, "_slow", lambda _: True)
     x, matrix = torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(4, 8).bfloat16()
-    found = dense_product(x, matrix)
-    assert torch.equal(found, torch.nn.functional.linear(x, matrix))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        found = dense_product(x, matrix)
     found.sum().backward()
     assert x.grad is not None
+    assert set(kept) == {torch.bfloat16}
 
 
 def test_what_a_product_takes_is_measured_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

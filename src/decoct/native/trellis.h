@@ -10,7 +10,6 @@ namespace DECOCT_LEVEL {
 
 #if defined(__AVX512F__)
 typedef uint64_t Longs __attribute__((vector_size(64)));
-typedef uint32_t EightWords __attribute__((vector_size(32)));
 #endif
 
 // Walks down the rows of one column, 16 at a time.

@@ -16,14 +16,6 @@ namespace decoct {
 namespace DECOCT_LEVEL {
 
 typedef float Four __attribute__((vector_size(16)));
-#if defined(__AVX512F__)
-typedef float Eight __attribute__((vector_size(32)));
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-#else
 #if defined(__AVX2__)
 typedef float Eight __attribute__((vector_size(32)));
 typedef int32_t EightInts __attribute__((vector_size(32)));
@@ -41,6 +33,13 @@ typedef Pair<FourWords> EightWords;
 typedef Pair<FourHalves> EightHalves;
 typedef Pair<FourBytes> EightBytes;
 #endif
+#if defined(__AVX512F__)
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+#else
 typedef Pair<Eight> Floats;
 typedef Pair<EightInts> Ints;
 typedef Pair<EightWords> Words;
