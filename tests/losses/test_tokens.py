@@ -30,6 +30,7 @@ from decoct.losses import (
     keep_top,
     label_log_probs,
 )
+from decoct.native.divergence import can_diverge
 from tests.reference.losses import FORMULAS, rows, softmax, top_k_kl, uld
 
 SETTINGS: dict[str, dict[str, float]] = {
@@ -280,3 +281,27 @@ def test_a_batch_of_texts() -> None:
 def test_every_loss_has_its_line() -> None:
     assert {cls.__module__.rsplit(".", 1)[1] for cls in LOSSES.values()} == set(LOSSES)
     assert len({describe(name) for name in LOSSES}) == len(LOSSES)
+
+
+@pytest.mark.skipif(not can_diverge(torch.bfloat16, torch.device("cpu")), reason="torch computes losses here")
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jeffreys", "cakld", "cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_say_what_torch_says(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, rows' losses and gradients by states, head and bias, in several chunks, at a temperature and a scale."""
+    loss = CrossEntropy() if name == "cross_entropy" else make(name, temperature=1.7)
+    what = replace(batch(), weights=batch().weights.float())
+
+    def found(at_once: int) -> list[Tensor]:
+        hidden, matrix, bias = (each.to(dtype).requires_grad_() for each in (draw(TOKENS, 8), draw(40, 8), draw(40)))
+        own = Projected(hidden, Head(matrix, bias=bias, scale=0.6))
+        teacher = Projected(draw(TOKENS, 8, seed=1).to(dtype), Head(draw(40, 8, seed=2).to(dtype), scale=0.9))
+        total = loss(own, teacher, what, at_once)
+        gradients = torch.autograd.grad(total, (hidden, matrix, bias))
+        return [total.detach(), loss.by_row(own, teacher, what, at_once), *gradients]
+
+    many, few = found(1 << 20), found(40)
+    monkeypatch.setattr("decoct.losses.compiled.can_diverge", lambda *_: False)
+    for wanted, *ours in zip(found(1 << 20), many, few, strict=True):
+        for each in ours:
+            close = 1e-5 if dtype == torch.float32 else 0.02
+            torch.testing.assert_close(each, wanted, rtol=close, atol=close * float(wanted.abs().max()))

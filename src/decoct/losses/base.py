@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from decoct.losses.chunks import AT_ONCE, Work, row_losses, weighted_sum
+from decoct.losses.compiled import Compiled
 from decoct.losses.distribution import Distribution, Projected, Targets
 
 Slope = Callable[[slice], Tensor]
@@ -158,7 +159,11 @@ class TokenLoss(SweptLoss):
             wanted = None if teacher is None else teacher.rows(rows, parts, self.softness)
             return self.measure(student, wanted, batch.labels[rows], parts)
 
-        return Work(measure, self.softness)
+        return Work(measure, self.softness, compiled=self.compiled(teacher, batch))
+
+    def compiled(self, teacher: Targets | None, batch: Batch) -> Compiled | None:  # noqa: ARG002 - subclasses'
+        """The same for the compiled kernels, where they know the loss; None: they do not."""
+        return None
 
     @property
     def softness(self) -> float:
@@ -195,6 +200,17 @@ class Divergence(TokenLoss):
     @override
     def softness(self) -> float:
         return self.temperature
+
+    @property
+    def shares(self) -> tuple[float, float] | None:
+        """What forward and reverse KL weigh, where the loss is nothing but their sum; None: it is something else."""
+        return None
+
+    @override
+    def compiled(self, teacher: Targets | None, batch: Batch) -> Compiled | None:
+        if self.shares is None or not isinstance(teacher, Projected):
+            return None
+        return Compiled(teacher, batch.labels, self.shares, self.temperature)
 
     @abstractmethod
     def terms(

@@ -26,12 +26,17 @@ class CAKLD(Divergence):
         if self.confidence is not None:
             check_share(self.confidence, "confidence")
 
+    @property
+    @override
+    def shares(self) -> tuple[float, float]:
+        sure = 0.5 if self.confidence is None else self.confidence
+        return 1 - sure, sure
+
     @override
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         p, q = teacher.exp(), student.exp()
         apart = student - teacher
-        sure = 0.5 if self.confidence is None else self.confidence
-        unsure = 1 - sure
+        unsure, sure = self.shares
         return (sure * q - unsure * p) * apart, sure * (q * apart + q) - unsure * p
 
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decoct.losses.distribution import Distribution, Projected, Projection, Targets, exact
+from decoct.losses.compiled import Compiled
+from decoct.losses.distribution import Distribution, Projected, Targets, exact
 
 AT_ONCE = 1 << 23
 """Entries of logits that are held at a time by default; a handful of float32 arrays have that size."""
@@ -35,11 +36,13 @@ class Work:
             loss, and to the gradient by the student's logits for a part.
         temperature: at which the student's distributions are wanted.
         whole_vocabulary: whether it must not be parted.
+        compiled: the same for the kernels, where they know the loss; they are preferred.
     """
 
     measure: Measure
     temperature: float = 1.0
     whole_vocabulary: bool = False
+    compiled: Compiled | None = None
 
 
 @dataclass(slots=True)
@@ -49,6 +52,11 @@ class _Gradients:
     hidden: Tensor | None
     matrix: Tensor | None
     bias: Tensor | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any is."""
+        return any(each is not None for each in (self.hidden, self.matrix, self.bias))
 
 
 def weighted_sum(
@@ -73,6 +81,10 @@ def row_losses(
 ) -> Float[Tensor, " tokens"]:
     """Each row's loss, without gradients; 0 where the weight is 0."""
     found = torch.zeros_like(weights, dtype=exact(student.head.matrix[:0]).dtype)
+    if work.compiled is not None and work.compiled.serves(student, at_once):
+        for rows in torch.split(weights.nonzero()[:, 0], work.compiled.count(student, at_once)):
+            found[rows] = work.compiled.measure(student, rows, None)[0]
+        return found
     for rows, parts in _chunks(work, student, weights, at_once):
         found[rows] = work.measure(rows, student.rows(rows, parts, work.temperature), parts)[0]
     return found
@@ -124,33 +136,47 @@ class _WeightedSum(torch.autograd.Function):
 
 def _sweep(work: Work, student: Projected, weights: Tensor, at_once: int, gradients: _Gradients) -> Tensor:
     """The weighted sum; adds to the gradients."""
+    if work.compiled is not None and work.compiled.serves(student, at_once):
+        return _compiled_sweep(work.compiled, student, weights, at_once, gradients)
     kind = exact(student.head.matrix[:0]).dtype
     total = torch.zeros((), dtype=kind, device=student.hidden.device)
-    any_wanted = any(each is not None for each in (gradients.hidden, gradients.matrix, gradients.bias))
     for rows, parts in _chunks(work, student, weights, at_once):
         own = student.rows(rows, parts, work.temperature)
         losses, slope = work.measure(rows, own, parts)
         each = weights[rows].to(kind)
         total += (losses * each).sum()
-        for part in parts if any_wanted else ():
-            _collect(own, own.slope(slope(part).mul_(each[:, None]), part), rows, part, gradients)
+        for part in parts if gradients.wanted else ():
+            _collect(student, own.slope(slope(part).mul_(each[:, None]), part), rows, part, gradients)
     return total
 
 
-def _collect(own: Projection, slope: Tensor, rows: Tensor, part: slice, gradients: _Gradients) -> None:
+def _compiled_sweep(work: Compiled, student: Projected, weights: Tensor, at_once: int, gradients: _Gradients) -> Tensor:
+    """The same by the kernels, with the whole vocabulary at once."""
+    total = torch.zeros((), dtype=torch.float32)
+    for rows in torch.split(weights.nonzero()[:, 0], work.count(student, at_once)):
+        each = weights[rows].float()
+        losses, slope = work.measure(student, rows, each if gradients.wanted else None)
+        total += (losses * each).sum()
+        if gradients.wanted:
+            _collect(student, slope, rows, slice(0, student.vocab), gradients)
+    return total
+
+
+def _collect(student: Projected, slope: Tensor, rows: Tensor, part: slice, gradients: _Gradients) -> None:
     """Add what the gradient by a part of some rows' products with the matrix means for states, matrix and bias."""
-    matrix = own.head.matrix[part]
+    head = student.head
+    matrix = head.matrix[part]
     rounded = slope.to(matrix.dtype)
     if gradients.hidden is not None:
         gradients.hidden[rows] += (rounded @ matrix).to(gradients.hidden.dtype)
     if gradients.matrix is not None:
-        states = own.hidden.to(matrix.dtype)
+        states = student.hidden.detach()[rows].to(matrix.dtype)
         if gradients.matrix.dtype == matrix.dtype:
             gradients.matrix[part].addmm_(rounded.T, states)
         else:
             gradients.matrix[part] += rounded.T @ states
-    if gradients.bias is not None and own.head.bias is not None:
-        gradients.bias[part] += slope.sum(0)
+    if gradients.bias is not None and head.bias is not None:
+        gradients.bias[part] += slope.sum(0, dtype=gradients.bias.dtype)
 
 
 def _chunks(work: Work, student: Projected, weights: Tensor, at_once: int) -> list[tuple[Tensor, list[slice]]]:

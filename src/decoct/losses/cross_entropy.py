@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.losses.base import Slope, TokenLoss
+from decoct.losses.base import Batch, Slope, TokenLoss
 from decoct.losses.chunks import at_labels
-from decoct.losses.distribution import Distribution
+from decoct.losses.compiled import Compiled
+from decoct.losses.distribution import Distribution, Targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,10 @@ class CrossEntropy(TokenLoss):
     """The negative log-probability of the text's own next token; needs no teacher."""
 
     needs_teacher: ClassVar[bool] = False
+
+    @override
+    def compiled(self, teacher: Targets | None, batch: Batch) -> Compiled:
+        return Compiled(None, batch.labels)
 
     @override
     def measure(

@@ -12,6 +12,11 @@ from decoct.losses.base import Divergence
 class ForwardKL(Divergence):
     """KL(teacher ‖ student): covers everything that the teacher deems possible; the default."""
 
+    @property
+    @override
+    def shares(self) -> tuple[float, float]:
+        return 1.0, 0.0
+
     @override
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         p = teacher.exp()

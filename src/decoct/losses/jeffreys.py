@@ -12,6 +12,11 @@ from decoct.losses.base import Divergence
 class Jeffreys(Divergence):
     """KL(teacher ‖ student) + KL(student ‖ teacher)."""
 
+    @property
+    @override
+    def shares(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
     @override
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         p, q = teacher.exp(), student.exp()

@@ -12,6 +12,11 @@ from decoct.losses.base import Divergence
 class ReverseKL(Divergence):
     """KL(student ‖ teacher): keeps to what the teacher deems likely, and may leave some of it out."""
 
+    @property
+    @override
+    def shares(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
     @override
     def terms(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
         q = student.exp()

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "panels.h"
+#include "predictions.h"
 #include "prompts.h"
 #include "rows.h"
 #include "steps.h"

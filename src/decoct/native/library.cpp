@@ -32,7 +32,7 @@ const Level& level_of(int32_t number) {
 using namespace decoct;
 
 // Changes whenever a struct or a function that Python sees does.
-DECOCT_EXPORT int32_t decoct_version() { return 8; }
+DECOCT_EXPORT int32_t decoct_version() { return 9; }
 
 // Bit n is set where this processor runs level n: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON, 4 AVX-512 with bf16.
 DECOCT_EXPORT uint32_t decoct_levels() {

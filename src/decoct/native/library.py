@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 8  # of the functions and of `Matrix`; the library says its own
+VERSION = 9  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parent
 WHERE = "DECOCT_KERNELS"
@@ -88,6 +88,17 @@ class AttentionGradient(Structure):
     )
 
 
+class Divergence(Structure):
+    """DecoctDivergence in divergence.h, field by field."""
+
+    _fields_ = (
+        ("type", c_int32),
+        *((name, c_int64) for name in ("rows", "entries")),
+        *((name, c_float) for name in ("student_scale", "teacher_scale", "forward", "reverse")),
+        *((name, c_void_p) for name in ("student", "teacher", "labels", "weights", "losses")),
+    )
+
+
 class Library:
     """The kernels of this machine.
 
@@ -126,6 +137,8 @@ class Library:
         self._attend_backward = self._functions.decoct_attend_backward
         self._attend_backward.argtypes = [POINTER(AttentionGradient), c_int32, c_int32]
         self._attend_backward.restype = None
+        self._diverge = self._functions.decoct_diverge
+        self._diverge.argtypes, self._diverge.restype = [POINTER(Divergence), c_int32, c_int32], None
         self.step = self._functions.decoct_step
         """One more token for some sequences; see step.py."""
         self.step.argtypes = [c_void_p, c_void_p, POINTER(c_int64), POINTER(c_int64), c_int64, c_void_p]
@@ -152,6 +165,10 @@ class Library:
     def attend_backward(self, gradient: AttentionGradient) -> None:
         """The gradients, written to what it points to."""
         self._attend_backward(byref(gradient), torch.get_num_threads(), LEVELS.index(self.levels[-1]))
+
+    def diverge(self, divergence: Divergence) -> None:
+        """A loss on predictions, and its gradient, written to what it points to; at the fastest level."""
+        self._diverge(byref(divergence), torch.get_num_threads(), LEVELS.index(self.levels[-1]))
 
     def unpack(self, matrix: Matrix, blocks: range, out: Tensor, level: int) -> None:
         """Rows of blocks of 16 into `out` [rows, cols], contiguous, of one of FLOATS."""

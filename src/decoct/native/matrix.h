@@ -61,8 +61,9 @@ struct Inputs {
   const uint32_t* pairs;  // [count][width / 2], two bf16 each, in the order of `pair_inputs`; for `multiply_pairs` alone
 };
 
-struct Steps;    // network.h
-struct Prompts;  // attention.h
+struct Steps;        // network.h
+struct Prompts;      // attention.h
+struct Predictions;  // divergence.h
 
 constexpr int kTile = 12;  // inputs that are multiplied together in registers, where there are many
 
@@ -95,6 +96,7 @@ struct Level {
   void (*pair_inputs)(const DecoctMatrix&, const uint16_t* x, int64_t width, uint32_t* pairs);
   const Steps* steps;
   const Prompts* prompts;
+  const Predictions* predictions;
   const RoundedProduct* rounded;  // null where the level has no such instructions
 };
 

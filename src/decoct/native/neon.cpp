@@ -3,4 +3,4 @@
 
 const decoct::Level decoct::neon_level = {
     decoct::neon::multiply, decoct::neon::unpack, decoct::neon::widen, decoct::neon::narrow,
-    nullptr, nullptr, nullptr, &decoct::neon::steps, &decoct::neon::prompts, nullptr};
+    nullptr, nullptr, nullptr, &decoct::neon::steps, &decoct::neon::prompts, &decoct::neon::predictions, nullptr};

@@ -4,4 +4,4 @@
 
 const decoct::Level decoct::portable_level = {
     decoct::portable::multiply, decoct::portable::unpack, decoct::portable::widen, decoct::portable::narrow,
-    nullptr, nullptr, nullptr, &decoct::portable::steps, &decoct::portable::prompts, nullptr};
+    nullptr, nullptr, nullptr, &decoct::portable::steps, &decoct::portable::prompts, &decoct::portable::predictions, nullptr};

@@ -1,0 +1,24 @@
+// Losses on predictions on several threads.
+#include "divergence.h"
+
+#include <memory>
+
+#include "pool.h"
+#include "product.h"
+
+#if defined(_WIN32)
+#define DECOCT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define DECOCT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace decoct;
+
+DECOCT_EXPORT void decoct_diverge(const DecoctDivergence* divergence, int32_t threads, int32_t number) {
+  const DecoctDivergence& d = *divergence;
+  const Predictions& predictions = *level_of(number).predictions;
+  Pool::shared().share(d.rows, 4, threads, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<float[]> room(new float[divergence_room(d)]);
+    predictions.diverge(d, first, last, room.get());
+  });
+}
