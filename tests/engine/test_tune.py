@@ -111,7 +111,7 @@ def test_gradients_are_those_of_finite_differences(
     monkeypatch.setattr(
         adam, "value", lambda key: adam._first[key].double() + adam.state["moved"][key] * adam._units[key]
     )
-    monkeypatch.setattr(tune, "divergence", exact_divergence)  # nor are float32's seven digits enough
+    monkeypatch.setattr(tune, "kl_and_slope", exact_divergence)  # nor are float32's seven digits enough
     monkeypatch.setattr(tune, "LOGITS_AT_ONCE", 96 * 5)  # several pieces a sequence, the last one short
     tokens = todo.tokens[:2]
     loss, found = tuned.gradients(tokens)
@@ -313,11 +313,11 @@ def test_settings_may_change_until_a_part_is_finished(
 def test_the_remedy_for_a_loss_that_is_not_finite_works(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = tune.divergence
-    monkeypatch.setattr(tune, "divergence", lambda *logits: (float("nan"), original(*logits)[1]))
+    original = tune.kl_and_slope
+    monkeypatch.setattr(tune, "kl_and_slope", lambda *logits: (float("nan"), original(*logits)[1]))
     with pytest.raises(ValueError, match=r"loss is not finite; lower e2e_qp\.learning_rate"):
         run(base, tmp_path / "out", **TUNED)
-    monkeypatch.setattr(tune, "divergence", original)
+    monkeypatch.setattr(tune, "kl_and_slope", original)
     assert digests(run(base, tmp_path / "out", **SLOWER).folder) == whole(base, **SLOWER)
 
 

@@ -14,6 +14,7 @@ from decoct.engine.runner import LaidOut, Runner
 from decoct.engine.shallow import SUBLAYERS, merged, slots_of
 from decoct.methods.depth import Cut, Cuts, Part
 from decoct.model import Model
+from decoct.ops.divergence import kl_of
 
 _MOST_COMPARED = 4096  # tokens whose predictions are compared, spaced evenly
 _LOGITS_AT_ONCE = 1 << 24
@@ -171,16 +172,14 @@ class ModelProbe:
         totals = torch.zeros(len(finals), dtype=torch.float64)
         for start in range(0, len(picked), step):
             some = picked[start : start + step]
-            wanted = self._log_chances(self._final, some, head)
-            chances = wanted.exp()
+            wanted = self._logits(self._final, some, head)
             for number, states in enumerate(finals):
-                lost = wanted.sub(self._log_chances(states, some, head)).mul_(chances)
-                totals[number] += lost.sum(dtype=torch.float64)
+                totals[number] += kl_of(self._logits(states, some, head), wanted).sum()
         return [value / len(picked) for value in totals.tolist()]
 
-    def _log_chances(self, states: States, some: Int[Tensor, " tokens"], head: Tensor) -> Float[Tensor, "tokens vocab"]:
+    def _logits(self, states: States, some: Int[Tensor, " tokens"], head: Tensor) -> Float[Tensor, "tokens vocab"]:
         rows = states.reshape(-1, states.shape[-1])[some]
-        return torch.log_softmax(self._runner.logits(rows.unsqueeze(0), head)[0].float(), dim=-1)
+        return self._runner.logits(rows.unsqueeze(0), head)[0]
 
     def _entries(self, slot: str) -> int:
         return prod(self.model.shape(self.model.prefix(0) + slot))

@@ -14,8 +14,9 @@ from decoct.engine.journal import Journal
 from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
 from decoct.engine.write import contents, shard_name, write_shard
-from decoct.methods.quantize.e2e_qp import E2EQP, RelativeAdam, divergence
+from decoct.methods.quantize.e2e_qp import E2EQP, RelativeAdam
 from decoct.model import PART, Model
+from decoct.ops.divergence import kl_and_slope
 from decoct.store import open_safetensors, save_safetensors
 from decoct.weights import Dense, Rotated, Weight, for_training, pull_back, trainable
 
@@ -162,7 +163,7 @@ class Tuner:
                 piece = state[part].clone().requires_grad_()
                 with torch.enable_grad():
                     logits = self._runner.logits(piece, head, others)
-                loss, slope = divergence(logits[0].detach(), self._teacher.logits(wanted[part])[0])
+                loss, slope = kl_and_slope(logits[0].detach(), self._teacher.logits(wanted[part])[0])
                 slope = slope.div_(tokens.numel()).to(logits.dtype).unsqueeze(0)
                 state[part], *parts = _grad(logits, [piece, *leaves.values()], slope)
                 for key, each in zip(leaves, parts, strict=True):

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from decoct.ops.divergence import kl_of, surprise_of
+
 
 @dataclass
 class Tally:
@@ -30,15 +32,11 @@ class Tally:
             targets: the token that each row predicts.
             base: logits of the model it is compared with, or None.
         """
-        logp = torch.log_softmax(logits.float(), dim=-1)
-        self.losses.append(-logp.gather(1, targets[:, None])[:, 0])
+        self.losses.append(surprise_of(logits, targets))
         if base is not None:
-            base_logp = torch.log_softmax(base.float(), dim=-1)
-            self.base_losses.append(-base_logp.gather(1, targets[:, None])[:, 0])
-            self.agreements.append(base_logp.argmax(-1) == logp.argmax(-1))
-            self.divergences.append(
-                torch.nn.functional.kl_div(logp, base_logp, reduction="none", log_target=True).sum(-1)
-            )
+            self.base_losses.append(surprise_of(base, targets))
+            self.agreements.append(base.argmax(-1) == logits.argmax(-1))
+            self.divergences.append(kl_of(logits, base))
 
     def perplexity(self) -> float:
         """exp(mean negative log-likelihood)."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from decoct.engine.gradients import LOGITS_AT_ONCE
 from decoct.engine.runner import Runner
+from decoct.ops.divergence import kl_of
 from decoct.search.candidates import Candidates
 from decoct.search.settings import Level
 from decoct.search.target import Choice, Target
@@ -94,17 +95,15 @@ class Measurer:
     def _divergence(self, state: Float[Tensor, "sequences length hidden"], choice: Choice, num_sequences: int) -> float:
         assert self._base is not None
         name = self._model.end_slots[-1].name
-        heads = self.matrix(name, None), self.matrix(name, choice.get(name))
-        at_once = max(1, LOGITS_AT_ONCE // heads[0].shape[0])
+        base_head, head = self.matrix(name, None), self.matrix(name, choice.get(name))
+        at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
         total = 0.0
         for base, own in zip(self._base[:num_sequences], state, strict=True):
             for start in range(0, len(own), at_once):
                 part = slice(start, start + at_once)
-                wanted, found = (
-                    torch.log_softmax(self._runner.logits(hidden[part].unsqueeze(0), head)[0].float(), dim=-1)
-                    for hidden, head in zip((base, own), heads, strict=True)
-                )
-                total += float(wanted.exp().mul_(wanted.sub_(found)).sum(dtype=torch.float64))
+                wanted = self._runner.logits(base[part].unsqueeze(0), base_head)[0]
+                found = self._runner.logits(own[part].unsqueeze(0), head)[0]
+                total += float(kl_of(found, wanted).sum())
         return max(0.0, total / state[:, :, 0].numel())
 
     def matrix(self, name: str, level: Level | None) -> Float[Tensor, "out in"]:

@@ -98,18 +98,3 @@ class RelativeAdam:
             mean.lerp_(g, 1.0 - _BETAS[0])
             square.lerp_(g.square(), 1.0 - _BETAS[1])
             self.state["moved"][name].sub_(rate * (mean / fade[0]) / ((square / fade[1]).sqrt() + _EPS))
-
-
-def divergence(
-    logits: Float[Tensor, "tokens vocab"], teacher: Float[Tensor, "tokens vocab"]
-) -> tuple[float, Float[Tensor, "tokens vocab"]]:
-    """Sum over tokens of KL(teacher ‖ student), and its gradient by the student's logits, float32.
-
-    Both softmaxes are taken in float32; the gradient, softmax(student) - softmax(teacher), needs no graph. Logits are
-    large, so everything is done in place: three arrays of their size live here beside the two given ones.
-    """
-    own = torch.log_softmax(logits.float(), dim=-1)
-    wanted = torch.log_softmax(teacher.float(), dim=-1)
-    chances = wanted.exp()
-    loss = float(wanted.sub_(own).mul_(chances).sum())
-    return loss, own.exp_().sub_(chances)
