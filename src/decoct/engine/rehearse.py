@@ -16,7 +16,7 @@ from decoct.engine.rules import Assignment, Method, Resolved, reads_pairs
 from decoct.engine.shallow import check_whole
 from decoct.methods import BlockMethod, ByGroup, EdgeScaling, LinearCorrection, Rotation, name_of
 from decoct.model import Model
-from decoct.ops.grid import stored_scale_dtype
+from decoct.ops.grid import GroupSizeError, stored_scale_dtype
 from decoct.weights import Dense, Padded, Rotated, Weight, describe, for_training, rebuild, tensor_specs, trainable
 
 Steps = tuple[Resolved, ...]
@@ -140,7 +140,7 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
     _check_rescalings(model, stages)
     check_gains(model, stages)
     for name, course in courses.items():
-        _check_shapes(model, name, [_Verdict(method) for chain in course for method in linear(chain)])
+        _check_shapes(model, name, [_Verdict(method) for chain in course for method in linear(chain)], courses)
     tried: dict[tuple[tuple[Chain, ...], str, bool], tuple[_Verdicts, Made]] = {}
     found: dict[str, _Verdicts] = {}
     sizes: dict[str, Made] = {}
@@ -151,7 +151,7 @@ def rehearse(model: Model, stages: Sequence[Steps]) -> Rehearsal:
         if key not in tried:
             tried[key] = _try(course, _Start(model.dtype, held, turned), name)
         found[name], sizes[name] = tried[key]
-        _check_shapes(model, name, [verdict for stage in found[name] for verdict in stage])
+        _check_shapes(model, name, [verdict for stage in found[name] for verdict in stage], courses)
         if sizes[name].quantizes_inputs:
             _check_inputs(model, name)
         _check_order(model, name, tuple(_kept(stage) for stage in found[name]))
@@ -265,13 +265,16 @@ def _check_inputs(model: Model, name: str) -> None:
         raise ValueError(f"{name}: {slot.role} reads its inputs as they are; give it a method for weights only")
 
 
-def _check_shapes(model: Model, name: str, verdicts: Sequence[_Verdict]) -> None:
+def _check_shapes(model: Model, name: str, verdicts: Sequence[_Verdict], courses: dict[str, tuple[Chain, ...]]) -> None:
     try:
         shape = compressible_shape(model, name)
         _check_leaves(verdicts, shape)
         for verdict in verdicts:
             if isinstance(verdict.method, BlockMethod) and verdict.obstacle is None:
                 verdict.method.check_learned(shape)
+    except GroupSizeError as error:
+        alike = [compressible_shape(model, other)[1] for other, same in courses.items() if same == courses[name]]
+        raise ValueError(f"{name}: {GroupSizeError(error.group_size, error.in_features, alike)}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
