@@ -102,7 +102,7 @@ def rule(**settings: Any) -> Settings:
 REFUSED = {
     "a group size that does not divide": (
         [quantize("gptq", group_size=32)],
-        r"layers\.0\.mlp\.down_proj\.weight: group_size 32 does not divide 48 input features; use channel or 4 or 8 or 16$",
+        r"layers\.0\.mlp\.down_proj\.weight: group_size 32 does not divide 48 .*; use channel or 4 or 8 or 16$",
     ),
     "factorizing what is quantized": ([GPTQ, rule(svd_llm={})], "svd_llm cannot be applied to a GroupInt weight"),
     "quantizing twice": ([RTN, GPTQ], "gptq cannot be applied to a GroupInt weight"),

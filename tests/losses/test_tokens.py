@@ -25,12 +25,13 @@ from decoct.losses import (
     SkewKL,
     SkewReverseKL,
     TokenLoss,
+    compiled,
     confidence_of,
     describe,
     keep_top,
     label_log_probs,
 )
-from decoct.native.divergence import can_diverge
+from decoct.native.divergence import can_diverge, diverge
 from tests.reference.losses import FORMULAS, rows, softmax, top_k_kl, uld
 
 SETTINGS: dict[str, dict[str, float]] = {
@@ -299,9 +300,45 @@ def test_the_kernels_say_what_torch_says(name: str, dtype: torch.dtype, monkeypa
         gradients = torch.autograd.grad(total, (hidden, matrix, bias))
         return [total.detach(), loss.by_row(own, teacher, what, at_once), *gradients]
 
+    calls: list[int] = []
+    monkeypatch.setattr(compiled, "diverge", lambda *a, **k: calls.append(len(a[0])) or diverge(*a, **k))
     many, few = found(1 << 20), found(40)
-    monkeypatch.setattr("decoct.losses.compiled.can_diverge", lambda *_: False)
+    assert sum(calls) == 4 * int((what.weights != 0).sum())  # each row once for the total, once for the rows
+    calls.clear()
+    monkeypatch.setattr(compiled, "can_diverge", lambda *_: False)
     for wanted, *ours in zip(found(1 << 20), many, few, strict=True):
         for each in ours:
             close = 1e-5 if dtype == torch.float32 else 0.02
             torch.testing.assert_close(each, wanted, rtol=close, atol=close * float(wanted.abs().max()))
+    assert not calls
+
+
+def test_what_the_kernels_do_not_know_goes_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the kernels were asked")
+
+    monkeypatch.setattr(compiled, "diverge", refuse)
+    what = replace(batch(), weights=batch().weights.float())
+    hidden, matrix = draw(TOKENS, 8).float(), draw(40, 8).float()
+    own, wide = Projected(hidden, Head(matrix)), Projected(hidden, Head(matrix.bfloat16()))
+    for student, teacher, at_once in [
+        (Projected(hidden, Head(matrix, softcap=3.0)), own, 1 << 20),
+        (Projected(hidden, Head(matrix, scale=-1.0)), own, 1 << 20),
+        (Projected(hidden, Head(matrix.bfloat16(), bias=matrix[:, 0])), wide, 1 << 20),
+        (own, wide, 1 << 20),
+        (own, Mixed((own, own), (1.0, 1.0)), 1 << 20),
+        (own, Logits(hidden @ matrix.T), 1 << 20),
+        (own, own, 39),
+    ]:
+        assert torch.isfinite(ForwardKL()(student, teacher, what, at_once))
+    assert torch.isfinite(SkewKL()(own, own, what))
+
+
+def test_where_no_token_counts_the_loss_is_zero() -> None:
+    what = replace(batch(), weights=torch.zeros(TOKENS))
+    hidden = draw(TOKENS, 8).float().requires_grad_()
+    own = Projected(hidden, Head(draw(40, 8).float()))
+    total = CrossEntropy()(own, None, what)
+    assert float(total.detach()) == 0
+    assert float(torch.autograd.grad(total, hidden)[0].abs().max()) == 0
+    assert float(CrossEntropy().by_row(own, None, what).abs().max()) == 0

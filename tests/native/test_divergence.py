@@ -94,6 +94,31 @@ def test_what_is_ruled_out_and_what_is_no_number() -> None:
     assert torch.isnan(found[1])
 
 
-def test_labels_outside_the_vocabulary_are_refused() -> None:
-    with pytest.raises(AssertionError):
-        diverge(drawn(1, 4, seed=0, dtype=torch.float32), torch.tensor([4]))
+def test_rows_of_nothing_and_none() -> None:
+    assert diverge(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), weights=torch.zeros(0)).shape == (0,)
+    assert torch.isnan(diverge(torch.full((1, 20), -torch.inf), torch.tensor([3]))).all()
+
+
+def test_many_rows_on_all_threads() -> None:
+    student, teacher = (drawn(50, 33, seed=k, dtype=torch.float32) for k in (0, 1))
+    check(student, teacher, (1.0, 1.0), (1.0, 1.0))
+
+
+LOGITS = torch.zeros(2, 4)
+REFUSED = {
+    "a label outside": (LOGITS, torch.tensor([0, 4]), None, "labels reach from 0 to 4"),
+    "too few labels": (LOGITS, torch.tensor([0]), None, "2 rows need as many int64 labels"),
+    "labels of another kind": (LOGITS, torch.tensor([0, 1], dtype=torch.int32), None, "int64 labels"),
+    "too few weights": (LOGITS, torch.tensor([0, 1]), torch.ones(1), "2 rows need as many float32 weights"),
+    "another vocabulary": (LOGITS, torch.zeros(2, 5), None, "the teacher's logits are"),
+    "another dtype": (LOGITS, torch.zeros(2, 4).half(), None, "the teacher's logits are"),
+    "no vocabulary": (torch.zeros(2, 0), torch.zeros(2, 0), None, "no logits that the kernels know"),
+    "strides": (torch.zeros(4, 2).T, torch.tensor([0, 1]), None, "contiguous"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    student, wanted, weights, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        diverge(student, wanted, weights=weights)

@@ -23,6 +23,7 @@ from decoct.engine.runner import Runner
 from decoct.engine.stream import Event, OnEvent
 from decoct.methods.rotate.spinquant import SpinQuant
 from decoct.ops.cayley import cayley_step
+from decoct.ops.divergence import surprise_and_slope
 from decoct.ops.hadamard import hadamard
 from decoct.ops.rotation import Turn
 from decoct.ops.rounding import rounded_tokens
@@ -214,11 +215,9 @@ class _Learner:
                 piece, leaf = state[row : row + 1, start:stop].clone().requires_grad_(), head.detach().requires_grad_()
                 with torch.enable_grad():
                     logits = self._runner.logits(piece, leaf)[0]
-                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    wanted = tokens[row, start + 1 : stop + 1]
-                    loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / count
-                total += float(loss)
-                slope, part = torch.autograd.grad(loss, [piece, leaf])
+                loss, change = surprise_and_slope(logits.detach(), tokens[row, start + 1 : stop + 1])
+                total += loss / count
+                slope, part = torch.autograd.grad(logits, [piece, leaf], change.div_(count).to(logits.dtype))
                 state[row, start:stop] = slope[0]
                 of_head += part
             state[row, -1] = 0

@@ -14,6 +14,7 @@ from decoct.engine.plan_reshaped import Costs, batch_bytes, computed_in, plan_re
 from decoct.engine.runner import running_nbytes
 from decoct.engine.uneven import UnevenModel
 from decoct.losses.chunks import AT_ONCE
+from decoct.losses.compiled import BYTES
 from decoct.methods.prune.sheared_llama import ShearedLLaMA
 from decoct.methods.width import WidthMethod
 from decoct.model import Model
@@ -86,7 +87,7 @@ def _learning(model: Model, method: ShearedLLaMA, data: Data, dtype: torch.dtype
     shapes = [model.shape(model.prefix(0) + slot.name) for slot in model.block_slots]
     states = (model.num_blocks + 6) * tokens * width * dtype.itemsize
     block = sum(_COPIES * prod(shape) + _KEPT * tokens * sum(shape) for shape in shapes) * dtype.itemsize
-    logits = _COPIES * 4 * min(AT_ONCE, tokens * model.shape(model.end_slots[-1].name)[0])
+    logits = max(BYTES, _COPIES * 4) * min(AT_ONCE, tokens * model.shape(model.end_slots[-1].name)[0])
     return model.num_parameters * dtype.itemsize + states + block + logits
 
 

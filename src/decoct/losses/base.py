@@ -162,7 +162,7 @@ class TokenLoss(SweptLoss):
         return Work(measure, self.softness, compiled=self.compiled(teacher, batch))
 
     def compiled(self, teacher: Targets | None, batch: Batch) -> Compiled | None:  # noqa: ARG002 - subclasses'
-        """The same for the compiled kernels, where they know the loss; None: they do not."""
+        """The loss as the compiled kernels know it; None: they do not."""
         return None
 
     @property
@@ -203,7 +203,10 @@ class Divergence(TokenLoss):
 
     @property
     def shares(self) -> tuple[float, float] | None:
-        """What forward and reverse KL weigh, where the loss is nothing but their sum; None: it is something else."""
+        """What forward and reverse KL weigh, where the loss is nothing but their sum; None: it is something else.
+
+        Where they are given, the kernels compute the loss, and `terms` is not asked.
+        """
         return None
 
     @override

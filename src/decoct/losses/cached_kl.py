@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from decoct.losses.base import Slope, TokenLoss
 from decoct.losses.chunks import AT_ONCE
-from decoct.losses.distribution import LEAST, Distribution, Projected, Targets, exact
+from decoct.losses.distribution import Distribution, Projected, Targets, exact
+from decoct.native.divergence import LEAST
 
 
 @dataclass(frozen=True, slots=True)

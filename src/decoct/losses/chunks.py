@@ -17,7 +17,8 @@ from decoct.losses.compiled import Compiled
 from decoct.losses.distribution import Distribution, Projected, Targets, exact
 
 AT_ONCE = 1 << 23
-"""Entries of logits that are held at a time by default; a handful of float32 arrays have that size."""
+"""Entries of logits that are held at a time by default; a handful of float32 arrays have that size. (The kernels hold
+`BYTES` for each of them, fewer arrays of more tokens.)"""
 
 _FEWEST_TOKENS = 16  # in a chunk: with fewer, reading the head takes longer than multiplying with it
 
@@ -36,7 +37,7 @@ class Work:
             loss, and to the gradient by the student's logits for a part.
         temperature: at which the student's distributions are wanted.
         whole_vocabulary: whether it must not be parted.
-        compiled: the same for the kernels, where they know the loss; they are preferred.
+        compiled: the loss as the kernels know it, if they do; they are preferred.
     """
 
     measure: Measure
@@ -82,7 +83,7 @@ def row_losses(
     """Each row's loss, without gradients; 0 where the weight is 0."""
     found = torch.zeros_like(weights, dtype=exact(student.head.matrix[:0]).dtype)
     if work.compiled is not None and work.compiled.serves(student, at_once):
-        for rows in torch.split(weights.nonzero()[:, 0], work.compiled.count(student, at_once)):
+        for rows in _counted(weights, work.compiled.count(student, at_once)):
             found[rows] = work.compiled.measure(student, rows, None)[0]
         return found
     for rows, parts in _chunks(work, student, weights, at_once):
@@ -93,6 +94,11 @@ def row_losses(
 @torch.no_grad()
 def label_log_probs(model: Targets, labels: Int[Tensor, " tokens"], at_once: int = AT_ONCE) -> Float[Tensor, " tokens"]:
     """The log-probability (nats) that a model gives to each row's label, without gradients."""
+    known = Compiled(None, labels.clamp(0, model.vocab - 1))
+    if isinstance(model, Projected) and known.serves(model, at_once):
+        chunks = torch.split(torch.arange(model.num_tokens), known.count(model, at_once))
+        found = torch.cat([-known.measure(model, rows, None)[0] for rows in chunks])
+        return found.masked_fill_((labels < 0) | (labels >= model.vocab), 0.0)
     count, parts = _sizes(model.num_tokens, model.vocab, at_once, whole=False)
     chunks = torch.split(torch.arange(model.num_tokens, device=labels.device), count)
     return torch.cat([at_labels(model.rows(rows, parts), labels[rows], parts) for rows in chunks])
@@ -153,12 +159,13 @@ def _sweep(work: Work, student: Projected, weights: Tensor, at_once: int, gradie
 def _compiled_sweep(work: Compiled, student: Projected, weights: Tensor, at_once: int, gradients: _Gradients) -> Tensor:
     """The same by the kernels, with the whole vocabulary at once."""
     total = torch.zeros((), dtype=torch.float32)
-    for rows in torch.split(weights.nonzero()[:, 0], work.count(student, at_once)):
+    for rows in _counted(weights, work.count(student, at_once)):
         each = weights[rows].float()
         losses, slope = work.measure(student, rows, each if gradients.wanted else None)
         total += (losses * each).sum()
         if gradients.wanted:
             _collect(student, slope, rows, slice(0, student.vocab), gradients)
+        del slope  # before the next rows' are made
     return total
 
 
@@ -181,9 +188,13 @@ def _collect(student: Projected, slope: Tensor, rows: Tensor, part: slice, gradi
 
 def _chunks(work: Work, student: Projected, weights: Tensor, at_once: int) -> list[tuple[Tensor, list[slice]]]:
     """Numbers of the rows that count, a chunk at a time, and the parts of the vocabulary to go through for each."""
-    counted = weights.nonzero()[:, 0]
-    count, parts = _sizes(len(counted), student.vocab, at_once, whole=work.whole_vocabulary)
-    return [(rows, parts) for rows in torch.split(counted, count) if len(rows)]
+    count, parts = _sizes(int((weights != 0).sum()), student.vocab, at_once, whole=work.whole_vocabulary)
+    return [(rows, parts) for rows in _counted(weights, count)]
+
+
+def _counted(weights: Tensor, count: int) -> list[Tensor]:
+    """Numbers of the rows that count, so many at a time; none where no row does."""
+    return [rows for rows in torch.split(weights.nonzero()[:, 0], count) if len(rows)]
 
 
 def _sizes(num_tokens: int, vocab: int, at_once: int, *, whole: bool) -> tuple[int, list[slice]]:

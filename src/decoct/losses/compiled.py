@@ -9,8 +9,8 @@ from torch import Tensor
 from decoct.losses.distribution import Head, Projected
 from decoct.native.divergence import can_diverge, diverge
 
-_BYTES = 16
-"""Of arrays of logits, for each entry that is held at once: fewer than the general way's, and more tokens at a time."""
+BYTES = 16
+"""Of logits that are held at a time, both models' together, for each entry that `at_once` allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Compiled:
         return (
             can_diverge(matrix.dtype, matrix.device)
             and matrix.shape[0] <= at_once
-            and all(head.softcap is None and head.matrix.dtype == matrix.dtype and head.scale > 0 for head in heads)
+            and all(_plain(head) and head.matrix.dtype == matrix.dtype for head in heads)
         )
 
     def count(self, student: Projected, at_once: int) -> int:
         """Tokens that are looked at together."""
         arrays = 1 if self.teacher is None else 2
-        return max(1, _BYTES * at_once // (arrays * student.head.matrix.element_size() * student.vocab))
+        return max(1, BYTES * at_once // (arrays * student.head.matrix.element_size() * student.vocab))
 
     def measure(
         self, student: Projected, rows: Int[Tensor, " some"], weights: Float[Tensor, " some"] | None
@@ -60,6 +60,12 @@ class Compiled:
         scaled = None if weights is None else weights.float().mul(factor)
         losses = diverge(own, wanted, scales=(scale, teacher_scale), shares=self.shares, weights=scaled)
         return losses.mul_(factor).to(torch.float32), own
+
+
+def _plain(head: Head) -> bool:
+    """Whether logits are products, biased at most in the same dtype, times a positive number."""
+    biased = head.bias is not None and head.bias.dtype != head.matrix.dtype
+    return head.softcap is None and head.scale > 0 and not biased
 
 
 def _products(model: Projected, rows: Int[Tensor, " some"]) -> Float[Tensor, "some vocab"]:

@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-LEAST = -1e4
-"""Log-probabilities are cut off here, so that a token that a model rules out gives zeros, not NaN."""
+from decoct.native.divergence import LEAST
 
 
 @dataclass(frozen=True, slots=True)

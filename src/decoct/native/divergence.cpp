@@ -1,7 +1,7 @@
 // Losses on predictions on several threads.
 #include "divergence.h"
 
-#include <memory>
+#include <vector>
 
 #include "pool.h"
 #include "product.h"
@@ -18,7 +18,8 @@ DECOCT_EXPORT void decoct_diverge(const DecoctDivergence* divergence, int32_t th
   const DecoctDivergence& d = *divergence;
   const Predictions& predictions = *level_of(number).predictions;
   Pool::shared().share(d.rows, 4, threads, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<float[]> room(new float[divergence_room(d)]);
-    predictions.diverge(d, first, last, room.get());
+    static thread_local std::vector<float> room;
+    room.resize(divergence_room(d));
+    predictions.diverge(d, first, last, room.data());
   });
 }

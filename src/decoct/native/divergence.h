@@ -12,7 +12,7 @@ struct DecoctDivergence {
   float student_scale, teacher_scale;  // logits are multiplied with these first
   float forward, reverse;              // what KL(teacher || student) and KL(student || teacher) weigh
   void* student;                       // logits; where there are `weights`, the gradient by them is written over them
-  const void* teacher;                 // logits; null: cross-entropy with `labels`, and the two weights above do not matter
+  const void* teacher;                 // logits; null: cross-entropy with `labels`; `forward` and `reverse` are not read
   const int64_t* labels;               // [rows]
   const float* weights;                // of rows; null: no gradient is wanted
   double* losses;                      // [rows], without their weights
@@ -26,6 +26,6 @@ struct Predictions {
   void (*diverge)(const DecoctDivergence& d, int64_t first, int64_t last, float* room);
 };
 
-static inline int64_t divergence_room(const DecoctDivergence& d) { return 2 * rounded_up(d.entries, 16); }
+static inline int64_t divergence_room(const DecoctDivergence& d) { return (d.teacher ? 2 : 1) * rounded_up(d.entries, 16); }
 
 }  // namespace decoct

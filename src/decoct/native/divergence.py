@@ -9,6 +9,9 @@ from decoct.native.library import FLOATS, TYPES, Divergence, library
 FASTER = ("avx2", "avx512", "avx512bf16", "neon")
 """Levels whose kernels are faster than torch's operations one after the other; at others torch computes losses."""
 
+LEAST = -1e4
+"""Log-probabilities are cut off here, as in native/predictions.h: a token that is ruled out gives zeros, not NaN."""
+
 
 def can_diverge(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `diverge` is there for logits of this dtype, on this device."""
@@ -26,7 +29,7 @@ def diverge(
 ) -> Float[Tensor, " rows"]:
     """Each row's loss (nats): KL divergences from a teacher's predictions, or cross-entropy with labels.
 
-    Where `can_diverge` says so; contiguous.
+    Where `can_diverge` says so.
 
     Args:
         student: logits, finite or -inf; overwritten with the gradient by them where weights are given.
@@ -37,17 +40,14 @@ def diverge(
 
     Returns:
         Losses in float64, without their weights.
+
+    Raises:
+        ValueError: shapes, dtypes, strides, devices or labels that do not fit.
     """
     kernels = library()
     assert kernels is not None
-    assert student.is_contiguous()
-    assert wanted.is_contiguous()
     labels = wanted if wanted.dim() == 1 else None
-    assert labels is not None or (wanted.shape == student.shape and wanted.dtype == student.dtype)
-    if labels is not None:
-        assert labels.dtype == torch.int64
-        assert 0 <= int(labels.min()) <= int(labels.max()) < student.shape[1]
-    assert weights is None or (weights.dtype == torch.float32 and weights.is_contiguous())
+    _check(student, wanted, weights)
     losses = torch.empty(student.shape[0], dtype=torch.float64)
     kernels.diverge(
         Divergence(
@@ -59,3 +59,24 @@ def diverge(
         )
     )  # fmt: skip
     return losses
+
+
+def _check(student: Tensor, wanted: Tensor, weights: Tensor | None) -> None:
+    """The kernels read what they are pointed to."""
+    rows, entries = student.shape
+    given = [each for each in (student, wanted, weights) if each is not None]
+    if not all(each.is_contiguous() and each.device.type == "cpu" for each in given):
+        raise ValueError("logits, labels and weights have to be contiguous, and in the processor's memory")
+    if student.dtype not in FLOATS or not entries:
+        raise ValueError(f"no logits that the kernels know: {student.dtype} of shape {tuple(student.shape)}")
+    if weights is not None and (weights.dtype != torch.float32 or weights.shape != (rows,)):
+        raise ValueError(f"{rows} rows need as many float32 weights, not {weights.dtype} {tuple(weights.shape)}")
+    logits = f"{student.dtype} {tuple(student.shape)}"
+    if wanted.dim() > 1:
+        if wanted.shape != student.shape or wanted.dtype != student.dtype:
+            raise ValueError(f"the teacher's logits are {wanted.dtype} {tuple(wanted.shape)}, the student's {logits}")
+    elif wanted.dtype != torch.int64 or wanted.shape != (rows,):
+        raise ValueError(f"{rows} rows need as many int64 labels, not {wanted.dtype} {tuple(wanted.shape)}")
+    elif rows and not 0 <= int(wanted.min()) <= int(wanted.max()) < entries:
+        reach = f"{int(wanted.min())} to {int(wanted.max())}"
+        raise ValueError(f"labels reach from {reach}, the vocabulary has {entries} entries")
