@@ -12,6 +12,7 @@ from typing import Any
 from rows import HERE, Rows, Stages, fill, linear
 
 TOKENS = int(os.environ.get("DECOCT_TRAIN_TOKENS", "400000"))
+SPENT = f"{TOKENS // 1000}k tokens"
 SECOND = os.environ.get("DECOCT_SECOND_TEACHER")  # a second teacher's folder, with the same tokenizer
 EVERYTHING = ["matrices", "norms", "ends"]
 
@@ -62,22 +63,22 @@ ROWS: Rows = {}
 for name, (damage, train) in DAMAGES.items():
     ROWS |= {
         name: ("quick", damage),
-        f"{name}, distilled": ("quick", [*damage, *distill(train=train)]),
-        f"{name}, fine-tuned": ("quick", [*damage, *tune(train=train)]),
+        f"{name}, distilled, {SPENT}": ("quick", [*damage, *distill(train=train)]),
+        f"{name}, fine-tuned, {SPENT}": ("quick", [*damage, *tune(train=train)]),
     }
 ROWS |= {
-    "gptq 2 bit, then qat": ("quick", [*GPTQ2, *qat(2)]),
-    "qat 2 bit, seq": ("quick", qat(2)),
-    "qat 2 bit, lsq": ("quick", qat(2, grid="lsq")),
-    "gptq 2 bit, lora": ("quick", [*GPTQ2, *distill(train=["lora", "norms"])]),
-    "gptq 2 bit, qa_lora": ("quick", [*GPTQ2, *distill(train=["qa_lora", "norms"])]),
+    f"gptq 2 bit, then qat, {SPENT}": ("quick", [*GPTQ2, *qat(2)]),
+    f"qat 2 bit, seq, {SPENT}": ("quick", qat(2)),
+    f"qat 2 bit, lsq, {SPENT}": ("quick", qat(2, grid="lsq")),
+    f"gptq 2 bit, lora, {SPENT}": ("quick", [*GPTQ2, *distill(train=["lora", "norms"])]),
+    f"gptq 2 bit, qa_lora, {SPENT}": ("quick", [*GPTQ2, *distill(train=["qa_lora", "norms"])]),
     "ternary, rounded": ("quick", linear({"ternary": {"group_size": 64}})),
     **{
         f"ternary, qat, {tokens // 1000}k tokens": ("quick", qat(1.58, tokens))
         for tokens in (TOKENS // 8, TOKENS // 4, TOKENS // 2, TOKENS)
     },
-    "binary, qat": ("quick", qat(1)),
-    "student of half the depth": ("quick", [{"distilbert": {"keep": 0.5}}, *distill(train=EVERYTHING)]),
+    f"binary, qat, {SPENT}": ("quick", qat(1)),
+    f"student of half the depth, {SPENT}": ("quick", [{"distilbert": {"keep": 0.5}}, *distill(train=EVERYTHING)]),
     **{
         f"wanda 60 %, {loss}": ("quick", [*DAMAGES["wanda 60 %"][0], *distill(loss=loss, num_steps=50)])
         for loss in (

@@ -21,7 +21,7 @@ def ours(args: argparse.Namespace) -> list[float]:
     import tempfile
 
     import decoct
-    from decoct.engine.compress import Watch
+    from decoct.engine.job import Watch
 
     settings = {
         "loss": "cross_entropy", "train": ["matrices", "norms", "ends"], "num_steps": args.steps,

@@ -12,7 +12,7 @@ from decoct.version import __version__
 
 if TYPE_CHECKING:
     from decoct.api import compress, evaluate, export, inspect, load_recipe, plan, plan_search
-    from decoct.engine.compress import Watch
+    from decoct.engine.job import Watch
     from decoct.hf import load
     from decoct.methods import METHODS
     from decoct.model import open_model
@@ -26,7 +26,7 @@ _WHERE = {
     "generate": "decoct.serving.generate",
     "load": "decoct.hf",
     "open_model": "decoct.model",
-    "Watch": "decoct.engine.compress",
+    "Watch": "decoct.engine.job",
 }
 
 __all__ = [

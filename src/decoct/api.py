@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from decoct.engine.admission import check_source_tensors, is_result_of
 from decoct.engine.budget import planning_as_at, resident_bytes
-from decoct.engine.compress import Job, Watch, check_source_tensors, compress_job, is_result_of
+from decoct.engine.compress import compress_job
 from decoct.engine.data import check_text
+from decoct.engine.job import Job, Watch
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.engine.summary import Result
 from decoct.evaluation import Measurement, evaluate_model

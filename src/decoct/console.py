@@ -16,7 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from decoct.api import Inspection, MethodInfo
-    from decoct.engine.compress import Watch
+    from decoct.engine.job import Watch
     from decoct.engine.plan import Plan
     from decoct.engine.stages import RecipePlan
     from decoct.engine.stream import Event
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from decoct.methods import AnyMethod
     from decoct.search import Found, SearchPlan
 
+_NEAR = 0.01  # of the parameters: what is left and what was asked are the same then
 _SHOWN = (
     "bits",
     "key_bits",
@@ -130,7 +131,10 @@ class Console:
         calibration = f"calibration in {str(found.dtype).removeprefix('torch.')}"
         calibration += f", activations {where}" if found.kind == "blocks" else ""
         if found.share_left is not None:
-            self.line(f"left     {found.share_left:.0%} of the parameters")
+            asked = found.share_asked
+            less = asked is not None and found.share_left < asked - _NEAR
+            why = f", not {asked:.0%}: a smaller multiple_of takes out fewer neurons at once" if less else ""
+            self.line(f"left     {found.share_left:.0%} of the parameters{why}")
         self.line(f"result   about {_size(found.output_bytes)}, {found.bits_per_weight:.2f} bits per weight")
         self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
         disk = found.output_bytes + found.scratch_bytes + found.checkpoint_bytes
@@ -248,7 +252,7 @@ class Console:
     @contextmanager
     def progress(self) -> Iterator["Watch"]:
         """A line for every finished block, and a bar with the time left."""
-        from decoct.engine.compress import Watch
+        from decoct.engine.job import Watch
 
         columns = [
             TextColumn("{task.description}"),

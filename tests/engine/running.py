@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from decoct.engine.compress import Job, Result, Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Job, Watch
+from decoct.engine.summary import Result
 from decoct.model import open_model
 from decoct.recipe import parse_recipe
 from tests.tiny import save_model

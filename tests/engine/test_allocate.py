@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.engine.stages import plan_stages
 from decoct.model import Model, open_model
 from decoct.ops.outlier_share import outlier_share, spread_sparsities

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from decoct.engine.compress import Watch
+from decoct.engine.job import Watch
 from decoct.engine.stages import plan_stages
 from decoct.engine.stream import Event
 from decoct.methods import METHODS

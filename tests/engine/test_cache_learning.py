@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import decoct
 import decoct.hf  # registers the format
 from decoct.engine import cache
-from decoct.engine.compress import Watch
 from decoct.engine.data import text_tokens
+from decoct.engine.job import Watch
 from decoct.engine.runner import Runner
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.engine.stream import Event

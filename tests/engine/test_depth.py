@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
 from decoct.engine.data import Data, load_tokens
+from decoct.engine.job import Watch
 from decoct.engine.probe import ModelProbe
 from decoct.engine.shallow import ShallowModel
 from decoct.engine.stages import plan_stages

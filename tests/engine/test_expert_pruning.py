@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from decoct.engine.compress import Watch, calibration_tokens, compress_job
+from decoct.engine.admission import calibration_tokens
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.engine.stages import plan_stages
 from decoct.engine.stream import Event, _Streamer
 from decoct.methods.prune.hc_smoe import HCSMoE, MeanAnswers

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import decoct.hf  # noqa: F401 - registers the format
 from decoct.engine import block
-from decoct.engine.compress import Watch, calibration_tokens
+from decoct.engine.admission import calibration_tokens
+from decoct.engine.job import Watch
 from decoct.model import Model, open_model
 from decoct.stats import Gram
 from tests.arch.test_families import our_logits

@@ -170,7 +170,8 @@ def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path, first: Settings) -
         if event.part == "block 1":
             raise StopError
 
-    from decoct.engine.compress import Watch, compress_job
+    from decoct.engine.compress import compress_job
+    from decoct.engine.job import Watch
 
     with pytest.raises(StopError):
         compress_job(job, Watch(event=stop))

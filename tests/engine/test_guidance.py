@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 import decoct
 from decoct.engine import find_guidance as finding
 from decoct.engine.activations import Activations
-from decoct.engine.compress import Watch
 from decoct.engine.find_guidance import Finding, find_guidance
 from decoct.engine.guidance import Layout, layout
+from decoct.engine.job import Watch
 from decoct.engine.rules import Rule, assign
 from decoct.engine.stages import plan_stages
 from decoct.methods.guided import GroupedMoments, Guided

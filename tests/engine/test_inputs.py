@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import decoct.hf  # noqa: F401 - registers the format
-from decoct.engine.compress import Watch
+from decoct.engine.job import Watch
 from decoct.engine.runner import Runner
 from decoct.engine.stages import plan_stages
 from decoct.evaluation.measure import evaluate_model

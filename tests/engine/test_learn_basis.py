@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import decoct.engine.learn_basis as learn
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.engine.learn_basis import ROTATIONS, Learning, learned_basis
 from decoct.engine.rotate import Basis, RotatedModel, rotated
 from decoct.engine.stages import plan_stages

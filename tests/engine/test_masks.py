@@ -8,8 +8,9 @@ import torch
 
 import decoct
 from decoct.engine import find_masks
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
 from decoct.engine.find_masks import Masking
+from decoct.engine.job import Watch
 from decoct.engine.narrow import NarrowModel
 from decoct.engine.stream import Event
 from decoct.methods.prune.sheared_llama import ShearedLLaMA

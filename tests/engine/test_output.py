@@ -179,3 +179,41 @@ def test_a_half_removed_run_folder_is_no_unfinished_run(
     run(base, tmp_path / "out", GPTQ)
     assert not written
     assert {name: digest for name, digest in digests(tmp_path / "out").items() if ".run" not in name} == before
+
+
+def test_fresh_keeps_the_old_result_when_the_text_is_too_short(base: Path, tmp_path: Path) -> None:
+    before = digests(run(base, tmp_path / "out", GPTQ).folder)
+    (tmp_path / "short.txt").write_text("Ten tokens")
+    with pytest.raises(ValueError, match=r"short\.txt has \d+ tokens"):
+        run(base, tmp_path / "out", GPTQ, fresh=True, data={"source": str(tmp_path / "short.txt")})
+    assert digests(tmp_path / "out") == before
+
+
+def test_what_is_refused_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Ten tokens")
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "new", tmp_path / "there"):
+        with pytest.raises(ValueError, match="tokens"):
+            run(base, out, GPTQ, data={"source": str(tmp_path / "short.txt")})
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_text_of_the_same_name_is_another_command(base: Path, tmp_path: Path) -> None:
+    copy, other = tmp_path / "a" / "text.txt", tmp_path / "b" / "text.txt"
+    for path in (copy, other):
+        path.parent.mkdir()
+    shutil.copy(base.parent / "text.txt", copy)
+    other.write_text((base.parent / "text.txt").read_text()[::-1])
+    before = digests(run(base, tmp_path / "out", GPTQ).folder)
+    assert digests(run(base, tmp_path / "out", GPTQ, data={"source": str(copy)}).folder) == before
+    with pytest.raises(ValueError, match="already holds a finished model"):
+        run(base, tmp_path / "out", GPTQ, data={"source": str(other)})
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_damaged_result_is_called_so(base: Path, tmp_path: Path) -> None:
+    out = run(base, tmp_path / "out", RTN).folder
+    next(out.glob("model-00002*")).unlink()
+    with pytest.raises(ValueError, match=r"holds this command's result, damaged \(.*does not exist.*add --fresh"):
+        run(base, out, RTN)
+    assert digests(run(base, out, RTN, fresh=True).folder) == whole(base, RTN)

@@ -13,7 +13,7 @@ import decoct
 from decoct.engine import disk, tune
 from decoct.engine import stages as stages_module
 from decoct.engine.budget import planning_as_at, resident_bytes
-from decoct.engine.compress import Watch
+from decoct.engine.job import Watch
 from decoct.engine.plan_tuning import plan_tuning
 from decoct.engine.stages import RecipePlan, plan_stages
 from decoct.engine.stream import Event

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.engine.rotate import RotatedModel, rotated
 from decoct.engine.runner import Runner
 from decoct.engine.stages import plan_stages

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.engine.sliced import _components
 from decoct.engine.stages import plan_stages
 from decoct.model import open_model

@@ -11,8 +11,9 @@ import torch
 from decoct.arch import edges
 from decoct.arch.hf import dense_model
 from decoct.engine import stream
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
 from decoct.engine.data import Data, load_tokens, text_tokens
+from decoct.engine.job import Watch
 from decoct.engine.rules import Rule, assign
 from decoct.methods.quantize import gptq
 from decoct.model import Model, open_model

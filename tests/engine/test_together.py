@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.exporters import export_model
 from decoct.model import open_model
 from tests.engine.running import EORA, GPTQ, RTN, Crash, crash_at, digests, make_base, make_job, run, whole

@@ -11,8 +11,8 @@ import torch
 
 import decoct
 from decoct.engine import compress, tune
-from decoct.engine.compress import Watch
 from decoct.engine.data import load_tokens
+from decoct.engine.job import Watch
 from decoct.engine.journal import Journal
 from decoct.engine.stream import Event
 from decoct.engine.summary import Result, read_result, read_summary

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from decoct.engine import stream
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.engine.stages import plan_stages
 from decoct.model import Model, open_model
 from decoct.weights import GroupInt, Padded

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
 from decoct.engine.find_information import Informing, find_information
 from decoct.engine.gradients import Sweep
+from decoct.engine.job import Watch
 from decoct.engine.narrow import NarrowModel, head_trunk, mlp_trunk
 from decoct.engine.stages import plan_stages
 from decoct.engine.stream import _Streamer

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import decoct
-from decoct.engine.compress import Watch, compress_job
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Watch
 from decoct.exporters import FORMATS, MisfitError, check_expected, export_model, report_path
 from decoct.model import Model, open_model
 from tests.cli.test_commands import invoke

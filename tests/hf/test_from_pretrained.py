@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import decoct.hf  # noqa: F401 - registers the format
 from decoct.engine.budget import Budget
-from decoct.engine.compress import Job, Watch, compress_job
+from decoct.engine.compress import compress_job
 from decoct.engine.data import Data
+from decoct.engine.job import Job, Watch
 from decoct.model import open_model
 from decoct.recipe import parse_recipe
 from tests.arch.test_families import our_logits

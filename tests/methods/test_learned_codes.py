@@ -131,7 +131,7 @@ def test_divisors_against_the_formula(cls: type[FlexRound | LRQ]) -> None:
         assert torch.allclose(found[name].double(), exact_gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(None, 3), (2, 2), (100, 6)])
+@pytest.mark.parametrize(("rank", "expected"), [(None, 3), (2, 2), (6, 6)])
 def test_rank_fits_the_matrix(rank: int | None, expected: int) -> None:
     w = matrix()
     latent = LRQ(rank=rank).latent(rounded(w), w)

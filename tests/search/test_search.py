@@ -15,7 +15,7 @@ import yaml
 
 import decoct
 from decoct.engine.activations import Activations
-from decoct.engine.compress import Watch
+from decoct.engine.job import Watch
 from decoct.model import Model, open_model
 from decoct.recipe import RecipeError
 from decoct.search import Found, find

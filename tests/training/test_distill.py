@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import decoct
-from decoct.engine.compress import Watch
+from decoct.engine.job import Watch
 from decoct.engine.stream import Event
 from decoct.methods.heal.distill import Distill
 from decoct.model import Model, open_model

@@ -8,8 +8,8 @@ import torch
 
 import decoct
 from decoct.engine.budget import Budget
-from decoct.engine.compress import Watch
 from decoct.engine.data import Data
+from decoct.engine.job import Watch
 from decoct.engine.runner import Runner
 from decoct.engine.stages import Before
 from decoct.losses import Batch, Projected

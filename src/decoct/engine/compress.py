@@ -1,11 +1,8 @@
 """A recipe's stages, one after another, each resumable; at the end a checkpoint that is whole or is not there."""
 
-import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +10,25 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from decoct.engine.admission import (
+    calibration_tokens,
+    check_output,
+    check_source_tensors,
+    data_record,
+    discard,
+    is_result_of,
+    short_digest,
+    undamaged,
+)
 from decoct.engine.allocate import Allocating, allocated, allocates
-from decoct.engine.budget import Budget, planning_as_at, resident_bytes
+from decoct.engine.budget import planning_as_at, resident_bytes
 from decoct.engine.cache import CachePass, run_cache, written_policy
-from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
 from decoct.engine.find_guidance import Finding, find_guidance
 from decoct.engine.find_information import Informing, find_information
 from decoct.engine.find_masks import Masking, find_masks
 from decoct.engine.guidance import Guidance, layout
+from decoct.engine.job import Job, Watch
 from decoct.engine.journal import JOURNAL, Journal, begun_otherwise, exclusive, recorded_dtype
 from decoct.engine.learn_basis import Learning, learned_basis
 from decoct.engine.narrow import NarrowModel, trunks
@@ -38,7 +45,6 @@ from decoct.engine.stages import (
     OwnStage,
     RecipePlan,
     SliceStage,
-    Stage,
     StageRun,
     StructureStage,
     completed,
@@ -53,50 +59,7 @@ from decoct.engine.write import finish_folder
 from decoct.methods.prune.sheared_llama import ShearedLLaMA
 from decoct.methods.rotate.spinquant import SpinQuant
 from decoct.model import Model, open_model
-from decoct.store import MANIFEST, FolderSource, open_safetensors, read_json, save_safetensors
 from decoct.version import __version__
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Everything that `compress_job` needs.
-
-    Attributes:
-        model: what to compress.
-        stages: in order.
-        data: calibration.
-        budget: limits.
-        out: output folder.
-        fresh: discard what an unfinished run, or an earlier result of decoct, left there.
-        accept: told what the job is expected to make, before it does anything; raises ValueError to refuse it.
-        started: when work on it began, a search for its bits included, by `time.perf_counter()`.
-    """
-
-    model: Model
-    stages: tuple[Stage, ...]
-    data: Data
-    budget: Budget
-    out: Path
-    fresh: bool = False
-    accept: Callable[[Model], None] = field(default=lambda _: None)
-    started: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """Where progress goes.
-
-    Attributes:
-        message: told one line at a time.
-        planned: told each stage's plan before it runs, which stage it is, from 1, and how many there are.
-        event: told of every finished part, and of every step of a stage that tunes the whole model.
-        began: told in words what a search does next; the events that follow are of this.
-    """
-
-    message: Callable[[str], None] = field(default=lambda _: None)
-    planned: Callable[[Plan, int, int], None] = field(default=lambda _, _number, _count: None)
-    event: OnEvent = field(default=lambda _: None)
-    began: Callable[[str], None] = field(default=lambda _: None)
 
 
 def compress_job(job: Job, watch: Watch) -> Result:
@@ -109,8 +72,9 @@ def compress_job(job: Job, watch: Watch) -> Result:
     run, done = job.out / RUN_FOLDER, job.out / DONE_FOLDER
     if not job.fresh and is_result_of(job.out, job):
         shutil.rmtree(done, ignore_errors=True)  # what a process that was stopped at the very end left behind
+        found = undamaged(job.out)
         watch.message(f"{job.out} holds the finished result of this command; add --fresh to do it again")
-        return read_result(job.out)
+        return found
     check_output(job, run)
     loaded, plan = resident_bytes(), _plan(job)
     if len(job.stages) > len(given):
@@ -119,10 +83,10 @@ def compress_job(job: Job, watch: Watch) -> Result:
     if plan.result is not None:
         job.accept(plan.result)
     with exclusive(run):
-        check_source_tensors(job.model)  # before anything is discarded
-        if job.fresh:
-            discard(job.out, run)
+        check_source_tensors(job.model)
         tokens = calibration_tokens(job, run, watch) if plan.needs_data else None
+        if job.fresh:  # not before what may be refused
+            discard(job.out, run)
         model, plans, events = job.model, list(plan.stages), list[list[Event]]()
         for number, stage in enumerate(job.stages):
             planned = plans[number]
@@ -276,15 +240,6 @@ def _guidance(plan: Plan, model: Model, tokens: Tensor | None, scratch: Path, no
     return find_guidance(Finding(model, found, tokens, plan.dtype, scratch, note))
 
 
-def data_record(data: Data, tokens: Tensor) -> dict[str, Any]:
-    """Calibration as the lineage tells it; a file by its name alone, so that a moved one is still the same."""
-    return {**data.model_dump(), "source": _text_name(data), "tokens": tokens_digest(tokens)}
-
-
-def _text_name(data: Data) -> str:
-    return Path(data.source).name if Path(data.source).exists() else data.source
-
-
 def _plan(job: Job) -> RecipePlan:
     """Plan all stages."""
     dtypes = {} if job.fresh else _begun_in(job, 0)
@@ -308,92 +263,7 @@ def _begun_in(job: Job, first: int) -> dict[int, torch.dtype]:
     return found
 
 
-def calibration_tokens(job: Job, run: Path, watch: Watch) -> Tensor:
-    """Calibration tokens, saved with the run so that a resumed one has the same."""
-    path = run / "tokens.safetensors"
-    key = short_digest(json.dumps(job.data.model_dump(), sort_keys=True) + job.model.source.fingerprint())
-    if path.exists():
-        saved = open_safetensors(path)
-        if saved.metadata.get("key") == key:
-            return saved.read("tokens")
-    tokens = load_tokens(job.data, job.model, watch.message)
-    save_safetensors(path, {"tokens": tokens}, {"key": key})
-    return tokens
-
-
-def check_output(job: Job, run: Path) -> None:
-    """Refuse to write over anything that is not ours to finish.
-
-    Raises:
-        ValueError: the output folder holds something else, the model itself, or a finished result.
-    """
-    out = job.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; choose a folder for the result")
-    source = job.model.source
-    if isinstance(source, FolderSource) and source.folder.resolve().is_relative_to(out.resolve()):
-        verb = "is" if out.samefile(source.folder) else "holds"
-        raise ValueError(f"{out} {verb} the model itself; choose another folder for the result")
-    finished, unfinished = (out / MANIFEST).exists(), _has_journal(run)
-    if job.fresh and (finished or run.exists()):
-        return
-    if finished and not unfinished:
-        raise ValueError(f"{out} already holds a finished model; choose another folder, or add --fresh to replace it")
-    if out.exists() and not run.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no run of decoct; choose another folder")
-
-
-def discard(out: Path, run: Path) -> None:
-    """Remove an unfinished run (but the lock, which is held) and, where decoct wrote it, the result beside it."""
-    ours = [path for path in run.iterdir() if path.name != "lock"]
-    if (out / MANIFEST).exists():
-        ours += [path for path in out.iterdir() if path != run]
-    for path in ours:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _has_journal(run: Path) -> bool:
-    """Whether a run folder holds work, and not a mere lock."""
-    return any(run.glob(f"stage-*/{JOURNAL}"))
-
-
-def check_source_tensors(model: Model) -> None:
-    """Find damage before hours are spent: checksums where there are any, and numbers that are none.
-
-    Raises:
-        ValueError: something is damaged.
-    """
-    if isinstance(model.source, FolderSource):
-        model.source.verify()
-    for name in model.source.names():
-        tensor = model.source.read(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise ValueError(f"{model.source.label}: {name} holds NaN or infinite values; the checkpoint is damaged")
-
-
 def _shards(staged: Path) -> dict[str, str]:
     lines = (staged / JOURNAL).read_text(encoding="utf-8").splitlines()[1:]
     entries = [json.loads(line) for line in lines]
     return dict(sorted((entry["shard"], entry["sha256"]) for entry in entries))
-
-
-def short_digest(text: str) -> str:
-    """Enough of a checksum to tell two texts apart."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def is_result_of(folder: Path, job: Job) -> bool:
-    """Whether a folder holds the finished result of a job: the same stages on the same model with the same data."""
-    if not (folder / MANIFEST).exists() or _has_journal(folder / RUN_FOLDER):
-        return False
-    stages = completed(job.model, job.stages)
-    made = read_json(folder / MANIFEST)["lineage"][-len(stages) :]
-    if [entry["stage"] for entry in made] != json.loads(json.dumps([stage.description for stage in stages])):
-        return False
-    data = {**job.data.model_dump(), "source": _text_name(job.data)}
-    read = [{k: v for k, v in entry["data"].items() if k != "tokens"} for entry in made if entry["data"]]
-    same_model = made[0]["source"]["fingerprint"] == short_digest(job.model.source.fingerprint())
-    return same_model and all(each == data for each in read)

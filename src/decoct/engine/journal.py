@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from decoct.store import sha256
 
 JOURNAL = "journal.jsonl"
 """The journal's name in a stage's folder."""
+
+LOCK = "lock"
+"""The lock's name in a run's folder."""
 
 
 class Journal:
@@ -99,11 +102,13 @@ def begun_otherwise(folder: Path, identity: dict[str, Any], keys: Iterable[str])
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder; the lock goes with the process, however it ends.
 
+    A folder in which nothing was kept goes too, so that what was refused leaves no trace.
+
     Raises:
         ValueError: another process is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -111,6 +116,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if folder.exists() and {path.name for path in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+            with suppress(OSError):  # it holds something else
+                folder.parent.rmdir()
         lock.release()
 
 

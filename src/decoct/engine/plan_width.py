@@ -1,5 +1,6 @@
 """What narrowing a model will take, before anything runs."""
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -46,7 +47,8 @@ def plan_width(
     sweeps = method.by_gradient and not isinstance(method, ShearedLLaMA)
     scratch = _sweep(model).scratch_bytes(data, dtype, 0) if sweeps else 0
     costs = Costs(_working(model, method, data, dtype), seconds, scratch)
-    return plan_reshaped(left, method, costs, data if needs_data else None, budget, dtype), left
+    plan = plan_reshaped(left, method, costs, data if needs_data else None, budget, dtype)
+    return replace(plan, share_asked=method.keep if method.keep < 1 else None), left
 
 
 def narrowed(model: Model, method: WidthMethod) -> NarrowModel:

@@ -21,9 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from decoct.engine.compress import (
-    Job,
-    Watch,
+from decoct.engine.admission import (
     calibration_tokens,
     check_output,
     check_source_tensors,
@@ -32,6 +30,7 @@ from decoct.engine.compress import (
     short_digest,
 )
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER
+from decoct.engine.job import Job, Watch
 from decoct.engine.journal import JOURNAL, Journal, exclusive, recorded_dtype
 from decoct.engine.stream import Event
 from decoct.search.candidates import Candidates, make_candidates
@@ -100,11 +99,11 @@ def find_bits(job: Job, search: Search, watch: Watch) -> tuple[Target, Found]:
             )
     check_output(job, run)
     with exclusive(run):
-        check_source_tensors(job.model)  # before anything is discarded
-        if job.fresh:
+        check_source_tensors(job.model)
+        tokens = calibration_tokens(job, run, watch)
+        if job.fresh:  # not before what may be refused
             discard(job.out, run)
         check_room(plan, job.out, run / FOLDER)
-        tokens = calibration_tokens(job, run, watch)
         return plan.target, _Searcher(job, search, plan, tokens, run / FOLDER, watch).run()
 
 

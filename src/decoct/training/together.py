@@ -3,7 +3,9 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from decoct.engine.compress import Job, Watch, compress_job, is_result_of
+from decoct.engine.admission import is_result_of
+from decoct.engine.compress import compress_job
+from decoct.engine.job import Job, Watch
 from decoct.engine.journal import Journal
 from decoct.engine.stages import StageRun, plan_stages
 from decoct.engine.summary import Result, read_result

@@ -33,8 +33,8 @@ class LRQ(BlockLearning):
         batch_size: sequences in each.
         learning_rate: first step size, relative to a divisor; None is 1 / num_steps. It decays to zero.
         seed: of the order in which sequences are seen, and of U, which begins at random (L begins at zero).
-        rank: of L·U, at most the smaller side of every matrix; None: a quarter of each one's. Where it is more than
-            half of a matrix's, half is taken: there L and U would hold as many numbers as the matrix.
+        rank: of L·U, at most half of the smaller side of every matrix, where L and U hold as many numbers as it; None:
+            a quarter of each one's.
     """
 
     key: ClassVar[str] = "lrq"
@@ -51,10 +51,11 @@ class LRQ(BlockLearning):
 
     @override
     def check_learned(self, shape: tuple[int, int]) -> None:
-        if self.rank is not None and self.rank > min(shape):
+        most = min(shape) // 2
+        if self.rank is not None and self.rank > most:
             raise ValueError(
-                f"lrq: rank {self.rank} is more than a {shape[0]}x{shape[1]} matrix has; give at most {min(shape)}, or "
-                "leave it out for a quarter of each matrix's smaller side"
+                f"lrq: rank {self.rank} is too much for a {shape[0]}x{shape[1]} matrix; give at most {most}, half of "
+                "its smaller side, or leave it out for a quarter of each matrix's"
             )
 
     @override
@@ -72,7 +73,7 @@ class LRQ(BlockLearning):
 
     def _rank(self, width: int) -> int:
         """For a matrix whose smaller side is `width`."""
-        return max(1, width // _SHARE if self.rank is None else min(self.rank, width // 2))
+        return max(1, width // _SHARE) if self.rank is None else self.rank
 
 
 class _Divided(Division):
