@@ -247,7 +247,7 @@ def compress(
         together = compress_together if num_processes() > 1 else compress_job
         result = together(job, watch or Watch())
     for form in [] if process_number() else missing:
-        _export_result(folder, form)
+        (watch or Watch()).message(_export_result(folder, form))
     return result
 
 
@@ -340,8 +340,8 @@ def list_methods() -> tuple[MethodInfo, ...]:
     return tuple(found)
 
 
-def _export_result(folder: Path, form: str) -> None:
-    """A recipe's export, beside its result."""
+def _export_result(folder: Path, form: str) -> str:
+    """A recipe's export, beside its result; gives a line about it."""
     out = place(folder, form)
     if out.is_dir():
         shutil.rmtree(out)
@@ -353,6 +353,7 @@ def _export_result(folder: Path, form: str) -> None:
         raise ValueError(f"{folder} is finished, but not its export: {error}; {see}") from error
     if not report.ok:
         raise ValueError(f"{folder} is finished, but its export {out.name} differs: {report.failed}; {see}")
+    return report.line
 
 
 def _accept(export: Sequence[str]) -> Callable[[Model], None]:

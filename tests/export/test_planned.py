@@ -176,5 +176,8 @@ def test_what_an_earlier_run_made_is_looked_at_too(base: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"is finished, but not its export: .*q_proj"):
         decoct.compress(second, recipe, tmp_path / "rounded")
     recipe = {"stages": blocks({"linear": {"inputs": {}}}), "export": "compressed_tensors"}
-    out = decoct.compress(second, recipe, tmp_path / "whole").folder
+    said: list[str] = []
+    out = decoct.compress(second, recipe, tmp_path / "whole", watch=Watch(message=said.append)).folder
     assert (out / "compressed_tensors" / "config.json").exists()
+    assert said[-1].startswith(f"exported {out / 'compressed_tensors'} (compressed_tensors): ")
+    assert "checks passed" in said[-1]

@@ -1,5 +1,7 @@
 """transformers, run on a folder that was written: its tokens and logits. The folder must load without decoct."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
@@ -51,10 +53,24 @@ def load(folder: Path, *, unpack: bool) -> tuple[Any, dict[str, Any]]:
 
         settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     dtype = torch.bfloat16 if unpack else torch.float32
-    with catch_warnings():  # that settings are given beside those in config.json, which is meant
+    with _without_bars(), catch_warnings():  # that settings are given beside those in config.json, which is meant
         filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
         network, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings)
     return network.eval(), notes
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers' progress bars are not decoct's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()

@@ -57,6 +57,13 @@ class ExportReport:
         """What differs, in one line."""
         return "; ".join(f"{check.name}: {check.detail}" for check in self.checks if check.ok is False)
 
+    @property
+    def line(self) -> str:
+        """What was written, and how much of it was checked, in one line."""
+        passed = sum(check.ok is True for check in self.checks)
+        where = report_path(self.path)
+        return f"exported {self.path} ({self.format}): {passed} of {len(self.checks)} checks passed; see {where}"
+
     def as_json(self) -> dict[str, Any]:
         """For `--json` and the file."""
         return {**asdict(self), "path": str(self.path), "ok": self.ok}
