@@ -9,7 +9,7 @@ tokens. Training text is the calibration text, read further; measured is on anot
 import os
 from typing import Any
 
-from rows import HERE, Rows, Stages, fill, linear
+from rows import HERE, Stages, fill, linear
 
 TOKENS = int(os.environ.get("DECOCT_TRAIN_TOKENS", "400000"))
 SPENT = f"{TOKENS // 1000}k tokens"
@@ -59,7 +59,7 @@ DAMAGES: dict[str, tuple[Stages, list[str]]] = {
     "qtip 2 bit": (QTIP2, ["matrices", "norms"]),
     "gptq 2 bit": (GPTQ2, ["matrices", "norms"]),
 }
-ROWS: Rows = {}
+ROWS: dict[str, tuple[str, Stages]] = {}
 for name, (damage, train) in DAMAGES.items():
     ROWS |= {
         name: ("quick", damage),
@@ -87,6 +87,11 @@ ROWS |= {
         )
     },
 }  # fmt: skip
+for rate in (3e-4, 3e-3):
+    ROWS[f"width -20 %, distilled, rate {rate:g}, {SPENT}"] = (
+        "quick",
+        [*DAMAGES["width -20 %"][0], *distill(train=EVERYTHING, learning_rate=rate)],
+    )
 if SECOND is not None:
     damage = DAMAGES["wanda 60 %"][0]
     both = {"teacher": [os.environ.get("DECOCT_TESTBED", ""), SECOND]}
