@@ -31,7 +31,7 @@ from decoct.methods.experts import ExpertMethod
 from decoct.methods.prune.slicegpt import SliceGPT
 from decoct.methods.quantize.e2e_qp import E2EQP
 from decoct.methods.width import WidthMethod
-from decoct.recipe.checks import RecipeError, check_keys, nearest, settings_of, single, strings, typed
+from decoct.recipe.checks import RecipeError, check_keys, nearest, settings_of, share, single, strings, typed
 from decoct.recipe.spell import method_settings, step_settings
 from decoct.search.settings import Search
 from decoct.training.stages import own_stage
@@ -176,18 +176,20 @@ def _rule(value: Any, where: str) -> Rule:
     for name in names:
         if name not in METHODS:
             raise RecipeError(f"{where}: unknown key {name!r}{nearest(name, [*METHODS, *_RULE_KEYS])}")
-    leave = bool(value.get("leave", False))
+    leave = typed(bool, value.get("leave", False), f"{where}.leave")
     if len(names) != (0 if leave else 1):
         raise RecipeError(f"{where}: give exactly one method, or leave: true (found {', '.join(names) or 'none'})")
     match = value.get("match", "*")
     patterns = strings(match, f"{where}.match")
-    share = typed(float, value.get("min_share", 0.0), f"{where}.min_share")
+    if not patterns:
+        raise RecipeError(f"{where}.match is an empty list; name roles or matrices, or leave match out for all")
+    min_share = share(value.get("min_share", 0.0), f"{where}.min_share")
     method = None if leave else _guided(names[0], value[names[0]], where)
     if isinstance(method, BlockStep):
         raise RecipeError(f"{where}: {names[0]} works on whole blocks; write it as a step of its own, beside linear")
     if isinstance(method, ModelMethod | CacheMethod):
         raise _no_step(method, names[0], where)
-    return Rule(patterns, method, share)
+    return Rule(patterns, method, min_share)
 
 
 def _guided(name: str, value: Any, where: str) -> AnyMethod:
