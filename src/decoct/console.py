@@ -138,6 +138,8 @@ class Console:
         self.line(
             f"time     about {_duration(found.seconds)} ({calibration if found.needs_data else 'no data needed'})"
         )
+        for note in found.notes:
+            self.line(f"warning: {note}")
 
     def search_plan(self, found: "SearchPlan") -> None:
         """What comes before a recipe whose bits or sparsities are searched."""
