@@ -372,5 +372,10 @@ def _stage_json(found: "Plan") -> dict[str, object]:
         "checkpoint_bytes": found.checkpoint_bytes,
         "seconds": found.seconds,
         "bits_per_weight": found.bits_per_weight,
+        "notes": list(found.notes),
         "groups": groups,
     }
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from decoct.methods import AnyMethod
     from decoct.search import Found, SearchPlan
 
-_NEAR = 0.01  # of the parameters: what is left and what was asked are the same then
 _SHOWN = (
     "bits",
     "key_bits",
@@ -131,10 +130,7 @@ class Console:
         calibration = f"calibration in {str(found.dtype).removeprefix('torch.')}"
         calibration += f", activations {where}" if found.kind == "blocks" else ""
         if found.share_left is not None:
-            asked = found.share_asked
-            less = asked is not None and found.share_left < asked - _NEAR
-            why = f", not {asked:.0%}: a smaller multiple_of takes out fewer neurons at once" if less else ""
-            self.line(f"left     {found.share_left:.0%} of the parameters{why}")
+            self.line(f"left     {found.share_left:.0%} of the parameters")
         self.line(f"result   about {_size(found.output_bytes)}, {found.bits_per_weight:.2f} bits per weight")
         self.line(f"memory   about {_size(found.peak_bytes)} of {_size(found.limit_bytes)} allowed")
         disk = found.output_bytes + found.scratch_bytes + found.checkpoint_bytes
@@ -142,6 +138,8 @@ class Console:
         self.line(
             f"time     about {_duration(found.seconds)} ({calibration if found.needs_data else 'no data needed'})"
         )
+        for note in found.notes:
+            self.line(f"warning: {note}")
 
     def search_plan(self, found: "SearchPlan") -> None:
         """What comes before a recipe whose bits or sparsities are searched."""

@@ -105,3 +105,25 @@ def test_more_than_can_be_had(command: str, option: str, value: str, base: Path,
     assert result.exit_code == 1, (result.exception, result.stderr)
     assert re.fullmatch(ABOVE[option, value], result.stderr)
     assert command != "plan" or invoke("plan", base, "--bits", 6.005, *SMALL, *TOKENS, *text).exit_code == 0, "rounded"
+
+
+UNSEARCHABLE = {
+    ("--bits", "4"): "bits are chosen for matrices, and this recipe has no blocks stage that compresses any; leave",
+    ("--sparsity", "0.5"): "sparsities are chosen for matrices, and this recipe has no blocks stage",
+}
+
+
+@pytest.mark.parametrize("target", UNSEARCHABLE, ids=str)
+def test_a_recipe_without_matrices_to_choose_for(target: tuple[str, str], base: Path) -> None:
+    text = ["--data", base.parent / "text.txt"]
+    result = invoke("plan", base, "--preset", "kv4", "--set", "kivi.group_size=8", *target, *TOKENS, *text)
+    assert result.exit_code == 1, (result.exception, result.stderr)
+    assert result.stderr.startswith(f"error: {UNSEARCHABLE[target]}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_widths_that_the_method_does_not_have_name_their_key(base: Path) -> None:
+    text = ["--data", base.parent / "text.txt"]
+    result = invoke("plan", base, "--bits", 3.3, *SMALL, "--set", "search.widths=[3, 9]", *TOKENS, *text)
+    assert result.exit_code == 1, (result.exception, result.stderr)
+    assert result.stderr == "error: search.widths: gptq's bits must be 2 to 8, not 9\n"

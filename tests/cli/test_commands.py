@@ -312,3 +312,9 @@ def test_as_a_process(base: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     done = subprocess.run([*command, "--threads", "0", "methods"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("module", ["decoct", "decoct.cli"])
+def test_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"decoct {decoct.__version__}\n"

@@ -22,6 +22,13 @@ WRONG_USE: dict[str, tuple[list[str], str]] = {
     "bits out of range": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=9"], "9"),
     "a word for a number": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=four"], "gptq.bits"),
     "no size": (["plan", "BASE", "--preset", "w4", "--memory", "much"], "'much' is not a size"),
+    "minutes where nothing trains": (
+        ["plan", "BASE", "--preset", "w4", "--minutes", "5"], "error: nothing in this recipe trains",
+    ),
+    "minutes, what to do": (["plan", "BASE", "--preset", "w4", "--minutes", "5"], "leave --minutes out"),
+    "a teacher where nothing trains": (
+        ["plan", "BASE", "--preset", "w4", "--set", "teacher=x"], "leave teacher out",
+    ),
     "no tokens": (["plan", "BASE", "--preset", "w4", "--set", "data.num_sequences=0"], "num_sequences"),
     "broken YAML in a setting": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits=[3"], "gptq.bits=[3"),
     "unknown option": (["plan", "BASE", "--presets", "w4"], "--preset"),
@@ -67,8 +74,37 @@ RECIPES: dict[str, tuple[str, str]] = {
     "a number for a switch": ("stages: [{blocks: [{linear: {rtn: {symmetric: maybe}}}]}]", "rtn.symmetric"),
     "too sparse": ("stages: [{blocks: [{linear: {wanda: {sparsity: 1}}}]}]", "sparsity must lie between 0 and 1"),
     "data that is a word": ("data: wiki\nstages: [{blocks: [{linear: {rtn: {}}}]}]", "expected settings"),
+    "a percentage for a share": (
+        "stages: [{blocks: [{linear: {match: embed, min_share: 10, rtn: {}}}]}]",
+        "linear[0].min_share must be a fraction from 0 to 1, such as 0.1, not 10",
+    ),
+    "a negative share": ("stages: [{blocks: [{linear: {min_share: -3, rtn: {}}}]}]", "min_share must be a fraction"),
+    "a switch for a share": ("stages: [{blocks: [{linear: {min_share: true, rtn: {}}}]}]", "linear[0].min_share"),
+    "a text for leave": (
+        "stages: [{blocks: [{linear: [{match: mlp.down, leave: 'false'}, {rtn: {}}]}]}]",
+        "linear[0].leave: Input should be a valid boolean",
+    ),
+    "an empty match": ("stages: [{blocks: [{linear: {match: [], rtn: {}}}]}]", "linear[0].match is an empty list"),
+    "a switch for a group size": ("stages: [{blocks: [{linear: {rtn: {group_size: true}}}]}]", "rtn.group_size"),
+    "a switch for bits": ("stages: [{blocks: [{linear: {rtn: {bits: true}}}]}]", "rtn.bits: Input should be a valid"),
+    "a switch for groups": ("stages: [{blocks: [{linear: {gptq: {guided: true}}}]}]", "gptq.guided"),
+    "a switch for sequences": (
+        "data: {num_sequences: true}\nstages: [{blocks: [{linear: {rtn: {}}}]}]",
+        "data.num_sequences: expected a number or a text, not true",
+    ),
+    "a switch among widths": (
+        "search: {bits: 3, widths: [true, 4]}\nstages: [{blocks: [{linear: {rtn: {}}}]}]",
+        "search.widths: expected a number",
+    ),
+    "two lists of stages": (
+        "stages: [{blocks: [{linear: {rtn: {}}}]}]\nstages: [{blocks: [{linear: {gptq: {}}}]}]",
+        "mine.yaml line 2: the key 'stages' stands twice; keep one of them",
+    ),
+    "a field that stands twice": (
+        "stages:\n  - blocks:\n    - linear: {rtn: {bits: 4, bits: 8}}", "line 3: the key 'bits' stands twice",
+    ),
     "an unknown export": ("export: ggufs\nstages: [{blocks: [{linear: {rtn: {}}}]}]", "ggufs"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", RECIPES)
@@ -80,6 +116,30 @@ def test_wrong_recipes_exit_2(what: str, base: Path, tmp_path: Path) -> None:
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+NO_GROUPS = {
+    ("--set", "data.num_sequences=4"): "data: expected settings, not 'c4.txt'",
+    ("--data", "wiki.txt"): "data: expected settings, not 'c4.txt'",
+    ("--memory", "2GiB"): "budget: expected settings, not 'much'",
+    ("--set", "gptq.bits=4"): "gptq: expected settings, not 4",
+}
+
+
+@pytest.mark.parametrize("changed", NO_GROUPS, ids=str)
+def test_settings_of_what_is_no_group_exit_2(changed: tuple[str, str], base: Path, tmp_path: Path) -> None:
+    text = "data: c4.txt\nbudget: much\nstages: [{blocks: [{linear: {gptq: 4}}]}]"
+    (tmp_path / "mine.yaml").write_text(text)
+    result = invoke("plan", base, tmp_path / "mine.yaml", *changed)
+    assert result.exit_code == 2, (result.exception, result.stderr)
+    assert NO_GROUPS[changed] in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_alias_is_no_key_that_stands_twice(base: Path, tmp_path: Path) -> None:
+    text = "stages: [{blocks: [{linear: [{match: mlp.down, rtn: &r {bits: 8, group_size: 8}}, {rtn: *r}]}]}]"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert invoke("plan", base, tmp_path / "mine.yaml").exit_code == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"- \x00", b"a: &x [*x]"])

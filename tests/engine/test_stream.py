@@ -289,6 +289,18 @@ def test_the_first_rule_that_matches_decides(base: Path) -> None:
     assert not any(name.startswith("model.layers.0.") for name in bits)
 
 
+def test_a_rule_that_earlier_rules_leave_nothing_to_is_refused(base: Path) -> None:
+    everything, down = Rule(("*",), gptq.GPTQ(bits=4)), Rule(("mlp.down",), gptq.GPTQ(bits=8))
+    with pytest.raises(ValueError, match=r"rule 'mlp\.down' never applies: the rules before it take .*put it before"):
+        names(base, everything, down)
+    with pytest.raises(ValueError, match=r"rule '0\.mlp\.down' never applies"):
+        names(base, everything, Rule(("0.mlp.down",), None))
+    assert names(base, down, everything)["model.layers.0.mlp.down_proj.weight"] == 8
+    alone = names(base, everything)
+    assert names(base, everything, Rule(("mlp.down",), gptq.GPTQ(bits=4))) == alone, "it asks for what they get"
+    assert names(base, everything, Rule(("mlp.down",), gptq.GPTQ(bits=8), min_share=0.001)) == alone
+
+
 def test_a_rule_with_a_share_may_match_nothing(base: Path) -> None:
     """So that one recipe serves models with experts and without."""
     experts = Rule(("moe.*",), None, min_share=0.001)

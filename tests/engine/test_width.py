@@ -288,3 +288,20 @@ def test_keep_counts_the_whole_model(tmp_path: Path) -> None:
         count = sum(left.shape(name)[0] * left.shape(name)[1] for name in left.slots())
         count += model.num_parameters - sum(model.shape(n)[0] * model.shape(n)[1] for n in model.slots())
         assert keep - 0.02 < count / model.num_parameters <= keep
+
+
+def test_more_is_taken_out_than_was_asked_and_the_plan_says_so(tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    jobs = [
+        make_job(base, tmp_path / "out", stages=[{"ziplm": {"keep": 0.8, "multiple_of": step}}], data=DATA)
+        for step in (16, 1)
+    ]
+    rough, fine = (plan_stages(each.model, each.stages, each.data, each.budget, None).stages[0] for each in jobs)
+    assert rough.share_left is not None
+    assert rough.notes == (
+        (
+            f"{rough.share_left:.0%} of the parameters are left, not 80%: the number of neurons is rounded down to a "
+            "multiple of 16; set multiple_of to less"
+        ),
+    )
+    assert fine.notes == ()

@@ -31,6 +31,7 @@ LAYERS = (
     {"serving"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"torch", "jaxtyping", "typing_extensions", *sys.stdlib_module_names}

@@ -63,7 +63,7 @@ class Plan:
             in the run.
         bits_per_weight: predicted, over all parameters.
         share_left: of the parameters, where the stage takes some out; None: it takes out none.
-        share_asked: what was asked to be left, where that is a share.
+        notes: what a user should know beside the figures, a line each.
     """
 
     kind: str
@@ -83,7 +83,7 @@ class Plan:
     checkpoint_bytes: int = 0
     described: Described | None = None
     share_left: float | None = None
-    share_asked: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:

@@ -20,6 +20,7 @@ from decoct.methods.prune.sheared_llama import ShearedLLaMA
 from decoct.methods.width import WidthMethod
 from decoct.model import Model
 
+_NEAR = 0.01  # of the parameters: what is left is what was asked
 _SQUARES = 5  # copies of an edge's Gram matrix while its matrices are refitted
 _KEPT = 3  # of each input and output of a block's matrices, what the gradient wants kept
 _COPIES = 4  # of an edge's matrices in float32
@@ -48,7 +49,19 @@ def plan_width(
     scratch = _sweep(model).scratch_bytes(data, dtype, 0) if sweeps else 0
     costs = Costs(_working(model, method, data, dtype), seconds, scratch)
     plan = plan_reshaped(left, method, costs, data if needs_data else None, budget, dtype)
-    return replace(plan, share_asked=method.keep if method.keep < 1 else None), left
+    return replace(plan, notes=_rounded(plan.share_left or 1.0, method)), left
+
+
+def _rounded(left: float, method: WidthMethod) -> tuple[str, ...]:
+    """Says so where whole steps of neurons take out more than was asked."""
+    if method.keep == 1 or left > method.keep - _NEAR:
+        return ()
+    return (
+        (
+            f"{left:.0%} of the parameters are left, not {method.keep:.0%}: the number of neurons is rounded down to a "
+            f"multiple of {method.multiple_of}; set multiple_of to less"
+        ),
+    )
 
 
 def narrowed(model: Model, method: WidthMethod) -> NarrowModel:

@@ -70,7 +70,7 @@ def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
     """Resolve a step's rules.
 
     Raises:
-        ValueError: a rule that applies whatever its share matches nothing.
+        ValueError: a rule that applies whatever its share matches nothing, or nothing that earlier rules leave to it.
     """
     slots = model.slots()
     total = model.num_parameters
@@ -84,9 +84,18 @@ def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
         share = sum(prod(model.shape(name)) for name in hits) / total
         if share < rule.min_share:
             continue
-        for name in hits:
-            nothing = name in model.described and is_nothing(model.described[name])
-            decided.setdefault(name, None if nothing else rule.method)
+        gone = {name for name in hits if name in model.described and is_nothing(model.described[name])}
+        wanted = {name: None if name in gone else rule.method for name in hits}
+        if (
+            not rule.min_share
+            and wanted.keys() <= decided.keys()
+            and any(decided[name] != wanted[name] for name in hits)
+        ):
+            raise ValueError(
+                f"rule {', '.join(rule.match)!r} never applies: the rules before it take all that it matches, and the "
+                "first that matches decides; put it before them, or leave it out"
+            )
+        decided = wanted | decided
     methods = {name: decided[name] for name in slots if decided.get(name) is not None}
     return Assignment(
         {name: method for name, method in methods.items() if method is not None},

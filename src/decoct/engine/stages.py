@@ -14,6 +14,7 @@ from decoct.engine.data import Data, check_source
 from decoct.engine.disk import check_disk, most_on_disk
 from decoct.engine.fewer_experts import FewerExperts
 from decoct.engine.journal import Journal
+from decoct.engine.notes import with_notes
 from decoct.engine.plan import Plan, StepRules, make_plan
 from decoct.engine.plan_cache import plan_cache
 from decoct.engine.plan_depth import plan_depth
@@ -339,7 +340,7 @@ def plan_stages(
             earlier += (stage.steps,)
         if plans[-1].needs_data:
             check_source(data)
-    found = RecipePlan(plans, _result(model, stages[-1], plans))
+    found = RecipePlan(with_notes(plans), _result(model, stages[-1], plans))
     if out is not None:
         check_disk(plans, out, budget.scratch, fresh=fresh)
     return found

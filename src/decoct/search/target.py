@@ -9,7 +9,7 @@ from typing import Any
 from decoct.engine.rehearse import compressible_shape, rehearse
 from decoct.engine.rules import Assignment, Method, Rule, assign
 from decoct.engine.stages import BlocksStage, Stage
-from decoct.methods import Guided, LinearMethod, Rotation
+from decoct.methods import Guided, LinearMethod, Rotation, name_of
 from decoct.methods.pruning import Pruning
 from decoct.model import Model
 from decoct.search.settings import WIDTHS, Level, Search
@@ -152,6 +152,12 @@ def find_target(model: Model, stages: tuple[Stage, ...], search: Search) -> Targ
         ValueError: no such method, or a recipe that a search cannot look at as a whole.
     """
     streamed = [number for number, stage in enumerate(stages) if isinstance(stage, BlocksStage)]
+    if not streamed:
+        what, preset = ("bits", "w4") if search.setting == "bits" else ("sparsities", "sparse50")
+        raise ValueError(
+            f"{what} are chosen for matrices, and this recipe has no blocks stage that compresses any; leave the "
+            f"target out, or add such a recipe, as the preset {preset}"
+        )
     if len(streamed) != 1:
         raise ValueError("a search needs a recipe with one streamed stage; put the steps of both into one blocks list")
     stage = stages[streamed[0]]
@@ -230,12 +236,10 @@ def _levels(method: LinearMethod, search: Search) -> tuple[Level, ...]:
     """Those that were asked for, or of the usual ones those that the method has."""
     if search.setting == "sparsity":
         sparsities = search.sparsities()
-        for sparsity in sparsities:
-            with_level(method, "sparsity", sparsity)
+        _check_levels(method, search.setting, sparsities, "levels")
         return sparsities
     if search.widths is not None:
-        for bits in search.widths:
-            with_level(method, "bits", bits)
+        _check_levels(method, search.setting, search.widths, "widths")
         return search.widths
     found = []
     for bits in WIDTHS:
@@ -248,6 +252,19 @@ def _levels(method: LinearMethod, search: Search) -> tuple[Level, ...]:
         settings = ", ".join(f"{key}: {value}" for key, value in asdict(method).items())
         raise ValueError(f"with these settings ({settings}) there is only one number of bits; change another setting")
     return tuple(found)
+
+
+def _check_levels(method: LinearMethod, setting: str, levels: tuple[Level, ...], key: str) -> None:
+    """Refuse levels that the method does not have.
+
+    Raises:
+        ValueError: one of them; names the search's key that has it.
+    """
+    for level in levels:
+        try:
+            with_level(method, setting, level)
+        except ValueError as error:
+            raise ValueError(f"search.{key}: {name_of(method)}'s {error}") from None
 
 
 def _decided(model: Model, rules: tuple[Rule, ...], number: int) -> set[str]:
