@@ -88,6 +88,7 @@ def assign(model: Model, rules: tuple[Rule, ...]) -> Assignment:
         wanted = {name: None if name in gone else rule.method for name in hits}
         if (
             not rule.min_share
+            and rule.match != ("*",)  # for whatever is left, if anything is
             and wanted.keys() <= decided.keys()
             and any(decided[name] != wanted[name] for name in hits)
         ):

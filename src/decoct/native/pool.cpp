@@ -10,7 +10,6 @@ namespace decoct {
 namespace {
 
 constexpr int kSpins = 4000;      // of a helper before it sleeps: some tens of microseconds
-constexpr int kMostHelpers = 255;
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -19,6 +18,11 @@ void pause() {
   asm volatile("yield");
 #endif
 }
+
+// Pieces [first, last) as one number, so that both ends change at once.
+uint64_t packed(uint64_t first, uint64_t last) { return first << 32 | last; }
+uint64_t first_of(uint64_t pieces) { return pieces >> 32; }
+uint64_t last_of(uint64_t pieces) { return pieces & 0xffffffffu; }
 
 Pool* pool = nullptr;
 std::once_flag once;
@@ -42,25 +46,37 @@ void Pool::share(int64_t count, int64_t grain, int threads, const std::function<
   std::unique_lock<std::mutex> owned(owner_, std::defer_lock);
   if (helpers < 1 || !owned.try_lock()) return work(0, count);
   start(helpers);
-  work_ = &work, count_ = count, grain_ = grain;
-  next_.store(0, std::memory_order_relaxed);
+  work_ = &work, count_ = count, grain_ = grain, parts_ = helpers + 1;
+  const uint64_t pieces = (uint64_t)((count + grain - 1) / grain);
+  for (int p = 0; p < parts_; ++p)
+    left_[p].pieces.store(packed(pieces * p / parts_, pieces * (p + 1) / parts_), std::memory_order_relaxed);
   working_.store(helpers, std::memory_order_relaxed);
   {
     std::lock_guard<std::mutex> lock(sleep_);
     turn_.store(((turn_.load() >> 16) + 1) << 16 | (uint64_t)helpers, std::memory_order_release);
   }
   wake_.notify_all();
-  run();
+  run(helpers);
   for (int spins = 0; working_.load(std::memory_order_acquire); ++spins)
     spins < kSpins ? pause() : std::this_thread::yield();
 }
 
-void Pool::run() {
-  for (;;) {
-    const int64_t first = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (first >= count_) return;
-    (*work_)(first, std::min(first + grain_, count_));
-  }
+void Pool::run(int number) {
+  while (work_on(number, false)) continue;
+  for (int p = 0; p < parts_; ++p)
+    while (p != number && work_on(p, true)) continue;
+}
+
+bool Pool::work_on(int part, bool from_behind) {
+  std::atomic<uint64_t>& left = left_[part].pieces;
+  uint64_t before = left.load(std::memory_order_relaxed), after;
+  do {
+    if (first_of(before) == last_of(before)) return false;
+    after = from_behind ? before - 1 : before + (1ull << 32);
+  } while (!left.compare_exchange_weak(before, after, std::memory_order_relaxed));
+  const int64_t first = (int64_t)(from_behind ? last_of(after) : first_of(before)) * grain_;
+  (*work_)(first, std::min(first + grain_, count_));
+  return true;
 }
 
 void Pool::serve(int number) {
@@ -75,7 +91,7 @@ void Pool::serve(int number) {
     }
     seen = turn;
     if (number >= (int)(turn & 0xffff)) continue;
-    run();
+    run(number);
     working_.fetch_sub(1, std::memory_order_release);
   }
 }

@@ -1,4 +1,5 @@
-// Threads that share out blocks of rows among themselves. They wait actively for a moment, since the next product of a
+// Threads that share out blocks of rows among themselves: each begins with a stretch of its own, so that what it reads next lies behind
+// what it reads now, and takes from the end of another's when it is done. They wait actively for a moment, since the next product of a
 // model usually follows at once, then sleep.
 #pragma once
 
@@ -21,7 +22,10 @@ class Pool {
   static Pool& shared();
 
  private:
-  void run();
+  static constexpr int kMostHelpers = 255;
+
+  void run(int number);
+  bool work_on(int part, bool from_behind);
   void serve(int number);
   void start(int helpers);
 
@@ -29,10 +33,13 @@ class Pool {
   std::condition_variable wake_;
   std::atomic<uint64_t> turn_{0};  // number of the turn << 16 | helpers that take part
   std::atomic<int> working_{0};
-  std::atomic<int64_t> next_{0};
+  struct alignas(64) Left {
+    std::atomic<uint64_t> pieces{0};
+  };
+  Left left_[kMostHelpers + 1];  // of each thread's stretch; the calling thread is the last
   const std::function<void(int64_t, int64_t)>* work_ = nullptr;
   int64_t count_ = 0, grain_ = 1;
-  int helpers_ = 0;
+  int parts_ = 1, helpers_ = 0;
 };
 
 }  // namespace decoct
