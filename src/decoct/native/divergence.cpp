@@ -3,14 +3,9 @@
 
 #include <vector>
 
+#include "exported.h"
 #include "pool.h"
 #include "product.h"
-
-#if defined(_WIN32)
-#define DECOCT_EXPORT extern "C" __declspec(dllexport)
-#else
-#define DECOCT_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 using namespace decoct;
 

@@ -1,12 +1,7 @@
 // The functions that Python calls, and the choice of the instruction level.
+#include "exported.h"
 #include "pool.h"
 #include "product.h"
-
-#if defined(_WIN32)
-#define DECOCT_EXPORT extern "C" __declspec(dllexport)
-#else
-#define DECOCT_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace decoct {
 

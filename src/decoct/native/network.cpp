@@ -5,14 +5,9 @@
 #include <cstring>
 #include <vector>
 
+#include "exported.h"
 #include "pool.h"
 #include "product.h"
-
-#if defined(_WIN32)
-#define DECOCT_EXPORT extern "C" __declspec(dllexport)
-#else
-#define DECOCT_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace {
 
