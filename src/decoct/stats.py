@@ -9,6 +9,7 @@ from torch import Tensor
 from decoct.ops.hadamard import rotate
 from decoct.ops.products import bf16_products
 
+_SUMMED = 256  # tokens at a time whose squares are summed in float32: they stay in the cache
 _TILE = 512  # Gram matrices are symmetric: tiles below the diagonal are mirrored, not computed
 
 
@@ -205,7 +206,10 @@ class ColumnNorm:
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add the squares."""
-        self.total += x.float().square().sum(0, dtype=torch.float64)
+        for part in torch.split(
+            x, _SUMMED
+        ):  # a few in float32, which is fast, and those sums in float64, which is exact
+            self.total += part.float().square().sum(0)
         self.num_tokens += x.shape[0]
 
     def merge(self, other: Self) -> Self:

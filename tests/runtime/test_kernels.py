@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decoct.native.library import library
+from decoct.native.library import library, start_of_torch_threads
 from decoct.ops.grid import Grid
 from decoct.runtime import kernels
 from decoct.runtime.kernels.compiled import Compiled
@@ -264,7 +264,20 @@ def test_sixteen_bit_numbers_come_back_as_torch_has_them(level: str) -> None:
             assert torch.equal(product.unpack(to).nan_to_num(3.0), weight.unpack(to).nan_to_num(3.0)), (dtype, to)
 
 
+@pytest.fixture(params=["torch's threads", "threads of its own"])
+def whose(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the threads that are borrowed by default, where torch's can be, and with those of the library."""
+    assert FOUND is not None
+    torchs = start_of_torch_threads()
+    if request.param == "torch's threads" and torchs is None:
+        pytest.skip("torch's threads cannot be borrowed here")
+    FOUND.borrow_threads(torchs if request.param == "torch's threads" else None)
+    yield
+    FOUND.borrow_threads(torchs)
+
+
 @needs_library
+@pytest.mark.usefixtures("whose")
 def test_threads_at_once() -> None:
     """Callers in many threads get what a single one gets."""
     weight = integers(4, (512, 1024), 64, "symmetric")
@@ -284,6 +297,7 @@ def test_threads_at_once() -> None:
 
 
 @needs_library
+@pytest.mark.usefixtures("whose")
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     product, x, before = (
         kernels.linear(integers(3, (512, 1024), 64, "symmetric")),
@@ -343,6 +357,7 @@ def test_it_says_once_that_there_are_no_kernels(
 
 
 @needs_library
+@pytest.mark.usefixtures("whose")
 def test_a_forked_child_multiplies_too() -> None:
     product, x = kernels.linear(integers(4, (512, 1024), 64, "symmetric")), inputs(1, 1024)
     wanted = product(x)

@@ -27,7 +27,7 @@ const Level& level_of(int32_t number) {
 using namespace decoct;
 
 // Changes whenever a struct or a function that Python sees does.
-DECOCT_EXPORT int32_t decoct_version() { return 9; }
+DECOCT_EXPORT int32_t decoct_version() { return 10; }
 
 // Bit n is set where this processor runs level n: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON, 4 AVX-512 with bf16.
 DECOCT_EXPORT uint32_t decoct_levels() {
@@ -50,6 +50,9 @@ DECOCT_EXPORT uint32_t decoct_levels() {
 #endif
   return levels;
 }
+
+// From now on work is done by threads that `launch` starts, which is null or GNU's OpenMP's GOMP_parallel.
+DECOCT_EXPORT void decoct_borrow_threads(Pool::Launch launch) { Pool::shared().borrow(launch); }
 
 // out [count][rows] = x [count][cols] times the transposed matrix, both of one type.
 DECOCT_EXPORT void decoct_multiply(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 9  # of the functions and of `Matrix`; the library says its own
+VERSION = 10  # of the functions and of `Matrix`; the library says its own
 NAME = "decoct_kernels"
 FOLDER = Path(__file__).parent
 WHERE = "DECOCT_KERNELS"
@@ -122,6 +122,9 @@ class Library:
             raise ValueError(f"{path} has kernels of version {found}, not {VERSION}; install decoct again")
         present = self._functions.decoct_levels()
         self.levels = tuple(name for number, name in enumerate(LEVELS) if present >> number & 1)
+        self._functions.decoct_borrow_threads.argtypes = [c_void_p]
+        self._functions.decoct_borrow_threads.restype = None
+        self.borrow_threads(start_of_torch_threads())
         self._multiply = self._functions.decoct_multiply
         self._multiply.argtypes = [POINTER(Matrix), c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
         self._multiply.restype = None
@@ -143,6 +146,10 @@ class Library:
         """One more token for some sequences; see step.py."""
         self.step.argtypes = [c_void_p, c_void_p, POINTER(c_int64), POINTER(c_int64), c_int64, c_void_p]
         self.step.restype = c_int32
+
+    def borrow_threads(self, launch: int | None) -> None:
+        """Work on the threads that a function of OpenMP's starts, given by its address; None: on threads of its own."""
+        self._functions.decoct_borrow_threads(launch)
 
     def multiply(self, matrix: Matrix, x: Tensor, out: Tensor, level: int) -> None:
         """`out` [n, rows] = `x` [n, cols] · matrixᵀ; contiguous, of one of FLOATS."""
@@ -174,6 +181,20 @@ class Library:
         """Rows of blocks of 16 into `out` [rows, cols], contiguous, of one of FLOATS."""
         type_, threads = TYPES[out.dtype], torch.get_num_threads()
         self._unpack(byref(matrix), blocks.start, blocks.stop, type_, out.data_ptr(), threads, level)
+
+
+def start_of_torch_threads() -> int | None:
+    """The address of what starts the threads that torch computes with, where that is GNU's OpenMP or one like it."""
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
+    except (
+        AttributeError,
+        OSError,
+        TypeError,
+    ):  # no such function; Windows, where there is no list of everything loaded
+        return None
 
 
 @cache

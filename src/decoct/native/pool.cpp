@@ -41,33 +41,24 @@ Pool& Pool::shared() {
   return *pool;
 }
 
-void Pool::share(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& work) {
-  const int helpers = (int)std::min<int64_t>({threads - 1, (count - 1) / grain, kMostHelpers});
-  std::unique_lock<std::mutex> owned(owner_, std::defer_lock);
-  if (helpers < 1 || !owned.try_lock()) return work(0, count);
-  start(helpers);
-  work_ = &work, count_ = count, grain_ = grain, parts_ = helpers + 1;
-  const uint64_t pieces = (uint64_t)((count + grain - 1) / grain);
-  for (int p = 0; p < parts_; ++p)
-    left_[p].pieces.store(packed(pieces * p / parts_, pieces * (p + 1) / parts_), std::memory_order_relaxed);
-  working_.store(helpers, std::memory_order_relaxed);
-  {
-    std::lock_guard<std::mutex> lock(sleep_);
-    turn_.store(((turn_.load() >> 16) + 1) << 16 | (uint64_t)helpers, std::memory_order_release);
-  }
-  wake_.notify_all();
-  run(helpers);
-  for (int spins = 0; working_.load(std::memory_order_acquire); ++spins)
-    spins < kSpins ? pause() : std::this_thread::yield();
+Share::Left* Share::room() {
+  static thread_local Left left[kMostParts];
+  return left;
 }
 
-void Pool::run(int number) {
+Share::Share(int64_t count, int64_t grain, int parts, const std::function<void(int64_t, int64_t)>& work)
+    : work_(work), count_(count), grain_(grain), parts_(parts), left_(room()) {
+  const uint64_t pieces = (uint64_t)((count + grain - 1) / grain);
+  for (int p = 0; p < parts; ++p) left_[p].pieces.store(packed(pieces * p / parts, pieces * (p + 1) / parts), std::memory_order_relaxed);
+}
+
+void Share::run(int number) {
   while (work_on(number, false)) continue;
   for (int p = 0; p < parts_; ++p)
     while (p != number && work_on(p, true)) continue;
 }
 
-bool Pool::work_on(int part, bool from_behind) {
+bool Share::work_on(int part, bool from_behind) {
   std::atomic<uint64_t>& left = left_[part].pieces;
   uint64_t before = left.load(std::memory_order_relaxed), after;
   do {
@@ -75,8 +66,35 @@ bool Pool::work_on(int part, bool from_behind) {
     after = from_behind ? before - 1 : before + (1ull << 32);
   } while (!left.compare_exchange_weak(before, after, std::memory_order_relaxed));
   const int64_t first = (int64_t)(from_behind ? last_of(after) : first_of(before)) * grain_;
-  (*work_)(first, std::min(first + grain_, count_));
+  work_(first, std::min(first + grain_, count_));
   return true;
+}
+
+void Pool::share(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& work) {
+  const int parts = (int)std::min<int64_t>({threads, (count - 1) / grain + 1, Share::kMostParts});
+  if (parts <= 1) return work(0, count);
+  if (const Launch launch = launch_.load(std::memory_order_relaxed)) {
+    Share share(count, grain, parts, work);
+    return launch([](void* data) { ((Share*)data)->join(); }, &share, (unsigned)parts, 0);
+  }
+  std::unique_lock<std::mutex> owned(owner_, std::defer_lock);
+  if (!owned.try_lock()) return work(0, count);
+  Share share(count, grain, parts, work);
+  share_own(share, parts - 1);
+}
+
+void Pool::share_own(Share& share, int helpers) {
+  start(helpers);
+  share_ = &share;
+  working_.store(helpers, std::memory_order_relaxed);
+  {
+    std::lock_guard<std::mutex> lock(sleep_);
+    turn_.store(((turn_.load() >> 16) + 1) << 16 | (uint64_t)helpers, std::memory_order_release);
+  }
+  wake_.notify_all();
+  share.run(helpers);
+  for (int spins = 0; working_.load(std::memory_order_acquire); ++spins)
+    spins < kSpins ? pause() : std::this_thread::yield();
 }
 
 void Pool::serve(int number) {
@@ -91,7 +109,7 @@ void Pool::serve(int number) {
     }
     seen = turn;
     if (number >= (int)(turn & 0xffff)) continue;
-    run(number);
+    share_->run(number);
     working_.fetch_sub(1, std::memory_order_release);
   }
 }
