@@ -185,15 +185,9 @@ class Library:
 
 def start_of_torch_threads() -> int | None:
     """The address of what starts the threads that torch computes with, where that is GNU's OpenMP or one like it."""
-    if not torch.backends.openmp.is_available():
-        return None
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
-    except (
-        AttributeError,
-        OSError,
-        TypeError,
-    ):  # no such function; Windows, where there is no list of everything loaded
+    except (AttributeError, OSError, TypeError):  # it has another name, or (Windows) nobody knows all that is loaded
         return None
 
 
