@@ -26,7 +26,18 @@ ROWS: Rows = {
     "width 20 %, ziplm": ("standard", width("ziplm", 0.8)),
     "depth 4, sleb": ("standard", depth("sleb", 4)),
     "depth 4, sleb, bridge": ("standard", depth("sleb", 4, bridge=True)),
+    **{
+        f"{m} {percent} %, standard": ("standard", linear({m: {"sparsity": percent / 100}}))
+        for percent in (50, 60)
+        for m in ("magnitude", "wanda", "sparsegpt", "alps")
+    },
+    **{f"{m} 2:4, standard": ("standard", linear({m: {"n": 2, "m": 4}})) for m in ("wanda", "sparsegpt", "alps")},
+    **{f"depth {n}, shortgpt, standard": ("standard", depth("shortgpt", n)) for n in (4, 7)},
+    "depth 7, sleb, standard": ("standard", depth("sleb", 7)),
+    "width 20 %, magnitude_width, standard": ("standard", width("magnitude_width", 0.8)),
     **{f"depth 4, {m}": ("quick", depth(m, 4)) for m in DEPTH if m != "sleb"},
+    "depth 4, sleb, quick": ("quick", depth("sleb", 4)),
+    "depth 4, blockpruner, per parameter": ("quick", depth("blockpruner", 4, per_parameter=True)),
     **{f"depth {n}, {m}": ("quick", depth(m, n)) for n in (2, 7, 8) for m in ("shortgpt", "sleb")},
     "depth 8, sleb, bridge": ("quick", depth("sleb", 8, bridge=True)),
     **{f"width 20 %, {m}, quick": ("quick", width(m, 0.8)) for m in WIDTH},
@@ -37,8 +48,8 @@ ROWS: Rows = {
     },
     **{f"width 20 %, {m}, refitted": ("quick", width(m, 0.8, reconstruct=True)) for m in ("magnitude_width", "flap")},
     **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
-    # 9 and 22 % of the parameters
-    **{f"slicegpt, {keep} of the hidden size": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.8, 0.6)},
+    # Widths of 504, 432 and 288: multiples of 8 and of 9 heads.
+    **{f"slicegpt, {keep} of the hidden size": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.875, 0.75, 0.5)},
     "width 20 %, a third of the heads, ziplm": ("quick", width("ziplm", 0.8, keep_heads=0.67)),
     **{
         f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))

@@ -124,20 +124,31 @@ def machine() -> str:
     return f"{told.get('model name', platform.machine())}, family {told.get('cpu family')}, model {told.get('model')}"
 
 
-def table(measured: list[dict[str, Any]]) -> str:
-    """Markdown; where the rows are about cached values, their bits and the bytes that a token takes in all layers."""
-    caches = all("cache_bits" in row for row in measured)
-    bits = "bits a cached value | bytes a token" if caches else "bits per weight"
-    head = f"| | perplexity | mean KL | KL 99 % | top-1 | {bits} | seconds | peak memory |"
+def parameters(row: dict[str, Any]) -> float:
+    """Millions of them, with what a plain matrix of the same shape would hold."""
+    return round(row["nbytes"] * 8 / row["bits_per_weight"] / 1e6, 1)
 
-    def size(row: dict[str, Any]) -> str:
-        return (
-            f"{row['cache_bits']:.2f} | {row['cache_token_bytes']:.0f}" if caches else f"{row['bits_per_weight']:.2f}"
-        )
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """Markdown; where the rows are about cached values, their bits and the bytes that a token takes in all layers; where
+    models have other shapes, their sizes."""
+    caches = all("cache_bits" in row for row in measured)
+    shapes = len({parameters(row) for row in measured}) > 1
+    if caches:
+        size = "bits a cached value | bytes a token"
+    else:
+        size = "parameters | MiB | bits per weight" if shapes else "bits per weight"
+    head = f"| | perplexity | mean KL | KL 99 % | top-1 | {size} | seconds | peak memory |"
+
+    def size_of(row: dict[str, Any]) -> str:
+        if caches:
+            return f"{row['cache_bits']:.2f} | {row['cache_token_bytes']:.0f}"
+        bits = f"{row['bits_per_weight']:.2f}"
+        return f"{parameters(row):.1f} M | {row['nbytes'] / 2**20:.0f} | {bits}" if shapes else bits
 
     lines = [
         f"| {row['row']} | {row['perplexity']:.2f} | {row['kl_mean']:.4f} | {row['kl_p99']:.2f} "
-        f"| {100 * row['top1_agreement']:.1f} % | {size(row)} | {row['seconds']:.0f}{'*' * (row.get('threads') == 1)}"
+        f"| {100 * row['top1_agreement']:.1f} % | {size_of(row)} | {row['seconds']:.0f}{'*' * (row.get('threads') == 1)}"
         f"{'' if 'machine' in row else '°'} | {row['peak_bytes'] / 2**20:.0f} MiB |"
         for row in measured
     ]

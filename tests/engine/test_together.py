@@ -97,3 +97,37 @@ def test_a_refused_export_leaves_no_folder(tmp_path: Path) -> None:
         export_model(model, "dense", tmp_path / "dense")
     export_model(model, "dense", tmp_path / "dense", fold=True)
     assert open_model(tmp_path / "dense").described == {}
+
+
+STRUCTURE: dict[str, list[dict[str, Any]]] = {
+    "depth": [{"shortgpt": {"num_dropped": 1}}],
+    "sublayers": [{"blockpruner": {"num_dropped": 1}}],
+    "width": [{"ziplm": {"keep": 0.85, "multiple_of": 8}}],
+    "channels": [{"slicegpt": {"keep": 0.75, "multiple_of": 8}}],
+    "depth, then width": [{"sleb": {"num_dropped": 1}}, {"flap": {"keep": 0.9, "multiple_of": 8}}],
+    "nothing": [],
+}
+SINGLE: dict[str, list[dict[str, Any]]] = {
+    "wanda": [{"linear": {"wanda": {"sparsity": 0.5}}}],
+    "sparsegpt 2:4": [{"linear": {"sparsegpt": {"n": 2, "m": 4}}}],
+    "alps": [{"linear": {"alps": {"sparsity": 0.6}}}],
+    "wanda, dsnot": [{"linear": {"wanda": {"sparsity": 0.5}}}, {"linear": {"dsnot": {}}}],
+}
+
+
+@pytest.mark.parametrize("single", SINGLE)
+@pytest.mark.parametrize("structure", STRUCTURE)
+def test_quantization_keeps_two_prunings_weight_by_weight(structure: str, single: str, tmp_path: Path) -> None:
+    """The shapes of the first, the zeros of the second, 4 bits in what is left."""
+    base = make_base(tmp_path)
+    stages = [*STRUCTURE[structure], {"blocks": SINGLE[single]}]
+    before = open_model(run(base, tmp_path / "pruned", stages=stages).folder)
+    after = open_model(run(tmp_path / "pruned", tmp_path / "small", GPTQ).folder)
+    assert set(after.described) == set(before.described)
+    for name in before.described:
+        pruned, made = before.weight(name), after.weight(name)
+        zeros = pruned.unpack() == 0
+        assert zeros.float().mean() > 0.4, name
+        assert made.shape == pruned.shape
+        assert not made.unpack()[zeros].any(), name
+        assert made.nbytes < pruned.nbytes or zeros.all()

@@ -6,7 +6,7 @@ larger, since what was cut off hardly added to the sum.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import gcd, prod, sqrt
+from math import lcm, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from decoct.weights import Dense, Weight
 _BASIS = "components.safetensors"  # in the stage's folder
 _HIDDEN_STATES = 6  # of one batch inside a block: its parts that live at a time, roughly
 _PIECES = 1 << 26  # what is in float64 at a time while a matrix is turned
+_NEAR = 0.01  # of the channels: what is left is what was asked
 _FOLDED = Rotation(residual=True, values=False, online=False)
 
 
@@ -201,16 +202,32 @@ def width_left(model: Model, method: SliceGPT) -> int:
     Raises:
         ValueError: none would, or all.
     """
-    full = model.shape(model.family.embed)[1]
-    heads = int(model.config.get("num_attention_heads", 1))
-    step = method.multiple_of * heads // gcd(method.multiple_of, heads)
+    full, step = model.shape(model.family.embed)[1], _step(model, method)
     width = int(full * method.keep) // step * step
     if not 0 < width < full:
         raise ValueError(
-            f"keep={method.keep} of {full} channels leaves {width}, in steps of {step} (a multiple of {heads} heads); "
-            "choose another keep or multiple_of"
+            f"keep={method.keep} of {full} channels leaves {width}, in steps of {step} (a multiple of multiple_of and of "
+            "the number of heads); choose another keep or multiple_of"
         )
     return width
+
+
+def _step(model: Model, method: SliceGPT) -> int:
+    """The number of channels is a multiple of this: configs that state no head size derive it from the hidden size."""
+    return lcm(method.multiple_of, int(model.config.get("num_attention_heads", 1)))
+
+
+def _rounded(model: Model, method: SliceGPT) -> tuple[str, ...]:
+    """Says so where whole steps of channels take out more than was asked."""
+    full, left = model.shape(model.family.embed)[1], width_left(model, method)
+    if full * method.keep - left < _NEAR * full:
+        return ()
+    return (
+        (
+            f"{left} of {full} channels are left, {left / full:.1%}, not {method.keep:.1%}: their number is rounded "
+            f"down to a multiple of {_step(model, method)} (multiple_of={method.multiple_of}, and of the number of heads)"
+        ),
+    )
 
 
 def plan_slicing(
@@ -263,6 +280,8 @@ def plan_slicing(
         output_bytes=left.nbytes,
         seconds=2.0 * entries * data.num_tokens / (0.4 * product_rate(dtype)) + moments + turning,
         described=left.described,
+        notes=_rounded(model, method),
+        share_left=left.num_parameters / model.num_parameters,
     ), left
 
 
