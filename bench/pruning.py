@@ -49,7 +49,9 @@ ROWS: Rows = {
     **{f"width 20 %, {m}, refitted": ("quick", width(m, 0.8, reconstruct=True)) for m in ("magnitude_width", "flap")},
     **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
     # Widths of 504, 432 and 288: multiples of 8 and of 9 heads.
-    **{f"slicegpt, {keep} of the hidden size": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.875, 0.75, 0.5)},
+    **{
+        f"slicegpt, {keep} of the hidden size": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.875, 0.75, 0.5)
+    },
     "width 20 %, a third of the heads, ziplm": ("quick", width("ziplm", 0.8, keep_heads=0.67)),
     **{
         f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))

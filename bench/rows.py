@@ -130,8 +130,7 @@ def parameters(row: dict[str, Any]) -> float:
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    """Markdown; where the rows are about cached values, their bits and the bytes that a token takes in all layers; where
-    models have other shapes, their sizes."""
+    """Markdown; with bits and bytes of a token where rows are about cached values, with sizes where shapes differ."""
     caches = all("cache_bits" in row for row in measured)
     shapes = len({parameters(row) for row in measured}) > 1
     if caches:

@@ -101,6 +101,8 @@ class Console:
                 f"made by decoct {entry.get('decoct')} from {entry.get('source', {}).get('label')} with the stage"
             )
             self.line(yaml.safe_dump([entry["stage"]], default_flow_style=None, sort_keys=False, width=110).rstrip())
+            if "taken_out" in entry:
+                self.line(f"  taken out: {', '.join(entry['taken_out'])}")
         if not found.lineage:
             self.line(f"next: decoct plan {found.model} --preset w4")
 

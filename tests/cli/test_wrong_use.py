@@ -13,7 +13,7 @@ WRONG_USE: dict[str, tuple[list[str], str]] = {
     "a recipe that is not there": (["plan", "BASE", "mine.yaml"], "recipe mine.yaml does not exist"),
     "no -o": (["compress", "BASE", "--preset", "w4"], "-o OUT"),
     "a setting without =": (["plan", "BASE", "--preset", "w4", "--set", "gptq.bits"], "write it as"),
-    "a setting without a scope": (["plan", "BASE", "--preset", "w4", "--set", "bits=3"], "write it as"),
+    "a setting without a scope": (["plan", "BASE", "--preset", "w4", "--set", "bits=3"], "rtn.bits=3 or gptq.bits=3"),
     "a setting of a method that is not there": (
         ["plan", "BASE", "--preset", "w4", "--set", "wanda.sparsity=0.5"], "this recipe has no wanda",
     ),
@@ -72,7 +72,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "a stage that is a word": ("stages: [blocks]", "must have exactly one key"),
     "a fraction of a bit": ("stages: [{blocks: [{linear: {rtn: {bits: 4.5}}}]}]", "rtn.bits"),
     "a number for a switch": ("stages: [{blocks: [{linear: {rtn: {symmetric: maybe}}}]}]", "rtn.symmetric"),
-    "too sparse": ("stages: [{blocks: [{linear: {wanda: {sparsity: 1}}}]}]", "sparsity must lie between 0 and 1"),
+    "too sparse": ("stages: [{blocks: [{linear: {wanda: {sparsity: 1}}}]}]", "sparsity must be more than 0"),
     "data that is a word": ("data: wiki\nstages: [{blocks: [{linear: {rtn: {}}}]}]", "expected settings"),
     "a percentage for a share": (
         "stages: [{blocks: [{linear: {match: embed, min_share: 10, rtn: {}}}]}]",

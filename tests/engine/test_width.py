@@ -258,7 +258,7 @@ def test_what_cannot_be_narrowed_is_refused_while_planning(tmp_path: Path) -> No
         plan("olmo2", keep_heads=0.5)
     with pytest.raises(ValueError, match=r"no place for mlp\.down_proj.bias; set bias: false"):
         plan("qwen2", bias=True)
-    with pytest.raises(ValueError, match="leaves no neurons: the rest of the model has"):
+    with pytest.raises(ValueError, match=r"leaves fewer than 4 of 48 neurons.* set keep to 0\.\d+ at least"):
         plan("llama", keep=0.1)
     with pytest.raises(ValueError, match=r"keep_heads=0\.9 takes out none of 2"):
         plan("llama", keep_heads=0.9)
@@ -301,7 +301,29 @@ def test_more_is_taken_out_than_was_asked_and_the_plan_says_so(tmp_path: Path) -
     assert rough.notes == (
         (
             f"{rough.share_left:.0%} of the parameters are left, not 80%: the number of neurons is rounded down to a "
-            "multiple of 16; set multiple_of to less"
+            "multiple of 16; set ziplm.multiple_of to less"
         ),
     )
     assert fine.notes == ()
+
+
+def test_a_plan_tells_what_share_is_left_where_shapes_do_not(tmp_path: Path) -> None:
+    """Uneven widths and blocks without an attention keep their config."""
+    base = make_base(tmp_path)
+    wanted: list[dict[str, Any]] = [
+        {"ziplm": {"keep": 0.8, "multiple_of": 1, "uneven": True}},
+        {"blockpruner": {"num_dropped": 1}},
+        {"slicegpt": {"keep": 0.75, "multiple_of": 4}},
+    ]
+    for each in wanted:
+        job = make_job(base, tmp_path / "out", stages=[each], data=DATA)
+        plan = plan_stages(job.model, job.stages, job.data, job.budget, None).stages[0]
+        assert plan.share_left is not None
+        assert plan.share_left < 0.9, each
+
+
+def test_a_result_that_grows_is_told(tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    job = make_job(base, tmp_path / "out", {"linear": {"wanda": {"sparsity": 0.03}}})
+    (note,) = plan_stages(job.model, job.stages, job.data, job.budget, None).stages[0].notes
+    assert note.startswith("the result is larger (")

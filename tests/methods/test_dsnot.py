@@ -75,6 +75,11 @@ def test_survivors_that_moved_stay_where_they_are() -> None:
     check(noisy, DSnoT().correct(noisy, moments(x), Dense.of(w)), w, x, IN, 50)
 
 
+def test_a_matrix_that_nothing_pruned_is_refused() -> None:
+    with pytest.raises(ValueError, match="put wanda, sparsegpt or their like before it"):
+        DSnoT().correct(Dense.of(torch.eye(4)), Moments.neutral(4), Dense.of(torch.eye(4)))
+
+
 def test_where_inputs_have_means_the_output_error_falls() -> None:
     w, x = gaussian(OUT, IN), shifted()
     norm = ColumnNorm.empty(IN)

@@ -164,10 +164,12 @@ def test_nan_is_refused_in_one_line(cls: type[Pruning], where: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sparsity": 0}, "sparsity must lie between 0 and 1"),
-        ({"sparsity": 1.0}, "sparsity must lie between 0 and 1"),
+        ({"sparsity": 0}, "sparsity must be more than 0 and less than 1, not 0$"),
+        ({"sparsity": 1.0}, "sparsity must be more than 0 and less than 1"),
+        ({"sparsity": 50}, "not 50; did you mean 0.5"),
+        ({"sparsity": 0.6, "n": 2, "m": 4}, "leave nothing for sparsity=0.6 to say"),
         ({"n": 2}, "n and m go together"),
-        ({"n": 4, "m": 4}, "n must lie between 0 and m=4"),
+        ({"n": 4, "m": 4}, "n must be more than 0 and less than m=4"),
         ({"scope": "matrix"}, "scope must be one of row, layer"),
     ],
 )

@@ -155,7 +155,9 @@ def _run_stage(
         assert tokens is not None
         at_once = candidates_at_once(plan, model, stage.method, job.data)
         left = run_depth(DepthPass(stage.method, model, tokens, plan.dtype, at_once, staged, journal, note))
-        return {**entry, "taken_out": describe_cuts(left.cuts)}, left
+        gone = describe_cuts(left.cuts)
+        watch.message(f"taken out: {', '.join(gone)}")
+        return {**entry, "taken_out": gone}, left
     if isinstance(stage, SliceStage):
         assert tokens is not None
         return entry, run_slicing(Slicing(stage.method, model, tokens, plan.dtype, staged, journal, note))

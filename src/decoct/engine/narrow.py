@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -135,10 +135,7 @@ def widths_of(model: Model, method: WidthMethod) -> Widths:
     left = mlp.num_units - wanted / _unit_entries(model, mlp)
     neurons = int((left + _SLACK) // method.multiple_of) * method.multiple_of
     if neurons < method.multiple_of:
-        most = 1 - (freed + mlp.num_units * _unit_entries(model, mlp)) * model.num_blocks / model.num_parameters
-        raise ValueError(
-            f"keep={method.keep} leaves no neurons: the rest of the model has {most:.0%} of the parameters"
-        )
+        raise ValueError(_too_few(model, method, mlp, freed))
     if left >= mlp.num_units:
         raise ValueError(f"keep_heads={method.keep_heads} alone leaves less than keep={method.keep}; set keep: 1")
     return Widths(neurons, kv_heads)
@@ -351,6 +348,17 @@ def check_uncompressed(model: Model, method: WidthMethod) -> None:
     name = next((name for name in model.described if name.startswith(prefix)), None)
     if name is not None:
         raise ValueError(f"{name} is compressed already; take out neurons and heads first, from the original model")
+
+
+def _too_few(model: Model, method: WidthMethod, mlp: Trunk, freed: int) -> str:
+    """Why no neurons would be left, and what to set instead."""
+    unit = _unit_entries(model, mlp)
+    gone = (freed + (mlp.num_units - method.multiple_of) * unit) * model.num_blocks
+    least = ceil(100 * (1 - gone / model.num_parameters)) / 100
+    return (
+        f"keep={method.keep} leaves fewer than {method.multiple_of} of {mlp.num_units} neurons, and their number is a "
+        f"multiple of {method.multiple_of}: set keep to {least:.2f} at least, or multiple_of to less"
+    )
 
 
 def _unit_entries(model: Model, trunk: Trunk) -> int:

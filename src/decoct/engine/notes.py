@@ -1,21 +1,27 @@
-"""What a plan should tell beside its figures: steps that prepare matrices for a step that is not there."""
+"""What a plan should tell beside its figures: a step that prepares for one that is not there, a result that grows."""
 
 from dataclasses import replace
 
+from decoct.engine.budget import format_size
 from decoct.engine.plan import Plan
 from decoct.engine.rules import Assignment, Resolved
 from decoct.methods import BlockMethod, EdgeScaling, Rotation, name_of
 
 
-def with_notes(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
-    """The same plans; one whose rescaling or rotation nothing makes use of says so.
+def with_notes(plans: tuple[Plan, ...], nbytes: int) -> tuple[Plan, ...]:
+    """The same plans; one whose rescaling or rotation nothing makes use of says so, and one whose result is larger.
 
     Args:
         plans: of a recipe's stages, in order.
+        nbytes: of the model that the recipe begins with.
     """
-    return tuple(
+    noted = [
         replace(plan, notes=(*plan.notes, *_unused(plan, plans[number + 1 :]))) for number, plan in enumerate(plans)
-    )
+    ]
+    if noted[-1].output_bytes > nbytes:
+        larger = f"the result is larger ({format_size(noted[-1].output_bytes)}) than the model ({format_size(nbytes)})"
+        noted[-1] = replace(noted[-1], notes=(*noted[-1].notes, larger))
+    return tuple(noted)
 
 
 def _unused(plan: Plan, later: tuple[Plan, ...]) -> tuple[str, ...]:

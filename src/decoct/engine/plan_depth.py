@@ -70,7 +70,7 @@ def plan_depth(
         output_bytes=left.nbytes,
         seconds=once * method.passes(model.num_blocks) / (0.4 * product_rate(dtype)),
         described=left.described,
-        share_left=left.num_parameters / model.num_parameters,
+        share_left=left.nbytes / model.nbytes,
     )
     return plan, left
 

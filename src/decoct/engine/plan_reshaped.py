@@ -85,7 +85,7 @@ def plan_reshaped(
         scratch_bytes=max(2 * activations, costs.scratch),
         seconds=costs.seconds,
         described=left.described,
-        share_left=left.num_parameters / model.num_parameters,
+        share_left=left.nbytes / model.nbytes,
     )
 
 

@@ -16,6 +16,7 @@ from decoct.engine.runner import running_nbytes
 from decoct.engine.uneven import UnevenModel
 from decoct.losses.chunks import AT_ONCE
 from decoct.losses.compiled import BYTES
+from decoct.methods import name_of
 from decoct.methods.prune.sheared_llama import ShearedLLaMA
 from decoct.methods.width import WidthMethod
 from decoct.model import Model
@@ -59,7 +60,7 @@ def _rounded(left: float, method: WidthMethod) -> tuple[str, ...]:
     return (
         (
             f"{left:.0%} of the parameters are left, not {method.keep:.0%}: the number of neurons is rounded down to a "
-            f"multiple of {method.multiple_of}; set multiple_of to less"
+            f"multiple of {method.multiple_of}; set {name_of(method)}.multiple_of to less"
         ),
     )
 

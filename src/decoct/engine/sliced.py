@@ -206,8 +206,8 @@ def width_left(model: Model, method: SliceGPT) -> int:
     width = int(full * method.keep) // step * step
     if not 0 < width < full:
         raise ValueError(
-            f"keep={method.keep} of {full} channels leaves {width}, in steps of {step} (a multiple of multiple_of and of "
-            "the number of heads); choose another keep or multiple_of"
+            f"keep={method.keep} of {full} channels leaves {width}, in steps of {step} (a multiple of multiple_of and "
+            "of the number of heads); choose another keep or multiple_of"
         )
     return width
 
@@ -225,7 +225,7 @@ def _rounded(model: Model, method: SliceGPT) -> tuple[str, ...]:
     return (
         (
             f"{left} of {full} channels are left, {left / full:.1%}, not {method.keep:.1%}: their number is rounded "
-            f"down to a multiple of {_step(model, method)} (multiple_of={method.multiple_of}, and of the number of heads)"
+            f"down to a multiple of {_step(model, method)} (multiple_of={method.multiple_of}, and the number of heads)"
         ),
     )
 
@@ -281,7 +281,7 @@ def plan_slicing(
         seconds=2.0 * entries * data.num_tokens / (0.4 * product_rate(dtype)) + moments + turning,
         described=left.described,
         notes=_rounded(model, method),
-        share_left=left.num_parameters / model.num_parameters,
+        share_left=left.nbytes / model.nbytes,
     ), left
 
 

@@ -340,7 +340,7 @@ def plan_stages(
             earlier += (stage.steps,)
         if plans[-1].needs_data:
             check_source(data)
-    found = RecipePlan(with_notes(plans), _result(model, stages[-1], plans))
+    found = RecipePlan(with_notes(plans, model.nbytes), _result(model, stages[-1], plans))
     if out is not None:
         check_disk(plans, out, budget.scratch, fresh=fresh)
     return found

@@ -12,6 +12,7 @@ from decoct.ops.sparsity import Pattern
 from decoct.weights import Dense, FloatBlock, GroupInt, Masked, Sparse, Weight
 
 SCOPES = ("row", "layer")
+_HALF = 0.5
 
 Score = Callable[[Float[Tensor, "out in"]], Float[Tensor, "out in"]]
 """Matrix, any float dtype -> what each entry is worth, float32, not negative."""
@@ -31,15 +32,15 @@ class Pruning(LinearMethod):
     of bitmap.
 
     Attributes:
-        sparsity: fraction removed; ignored when n and m are given.
+        sparsity: fraction removed; not together with n and m, which say it.
         n: with `m`: entries that survive of every m consecutive ones of a row (2 of 4 for sparse tensor cores).
         m: see n.
-        scope: "row": the fraction is that of every row; "layer": that of the whole matrix, rows may differ.
+        scope: of a `sparsity`: "row": it is that of every row; "layer": that of the whole matrix, rows may differ.
         owl: how far a block's sparsity may lie from `sparsity`, their average: blocks with more outlying weights keep
             more (OWL, arXiv 2310.05175, which takes 0.08). 0: all blocks alike. Needs data.
     """
 
-    sparsity: float = 0.5
+    sparsity: float = _HALF
     n: int | None = None
     m: int | None = None
     scope: str = "row"
@@ -47,11 +48,16 @@ class Pruning(LinearMethod):
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity must lie between 0 and 1, not {self.sparsity}")
+            meant = f"; did you mean {self.sparsity / 100:g}?" if 1 < self.sparsity < 100 else ""
+            raise ValueError(f"sparsity must be more than 0 and less than 1, not {self.sparsity}{meant}")
         if (self.n is None) != (self.m is None):
             raise ValueError("n and m go together: n of every m weights survive")
         if self.n is not None and self.m is not None and not 0 < self.n < self.m:
-            raise ValueError(f"n must lie between 0 and m={self.m}, not {self.n}")
+            raise ValueError(f"n must be more than 0 and less than m={self.m}, not {self.n}")
+        if self.n is not None and self.m is not None and self.sparsity not in (_HALF, 1 - self.n / self.m):
+            raise ValueError(
+                f"n={self.n} of m={self.m} leave nothing for sparsity={self.sparsity} to say; leave one out"
+            )
         if self.owl < 0 or (self.owl and not (2 * self.owl < self.sparsity and self.sparsity + 2 * self.owl < 1)):
             raise ValueError(f"owl={self.owl} does not fit between no and all weights at a sparsity of {self.sparsity}")
         if self.owl and self.n is not None:

@@ -1,5 +1,6 @@
 """Settings of a recipe changed from outside: `--set`, and the options that stand for it."""
 
+from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -25,7 +26,11 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         if key.strip() in ("teacher", "minutes"):  # of whichever stages train
             scopes, name = _TRAINING_METHODS, key.strip()
         if not equals or not name:
-            raise RecipeError(f"--set {setting!r}: write it as data.num_sequences=64 or gptq.bits=3")
+            owners = [
+                each for each in _methods_in(changed) if key.strip() in {field.name for field in fields(METHODS[each])}
+            ]
+            examples = [f"{each}.{setting}" for each in owners] or ["data.num_sequences=64", "gptq.bits=3"]
+            raise RecipeError(f"--set {setting!r}: write it as {' or '.join(examples)}")
         try:
             new = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -38,12 +43,16 @@ def with_settings(value: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             option = "--minutes" if name == "minutes" else name
             raise RecipeError(f"nothing in this recipe trains ({', '.join(scopes)} do); leave {option} out")
         if not found:
-            mine = [name for name in METHODS if any(True for _ in _method_settings(changed.get("stages"), name))]
-            hint = nearest(scope, ("data", "budget", "search", *mine))
+            hint = nearest(scope, ("data", "budget", "search", *_methods_in(changed)))
             raise RecipeError(f"--set {setting!r}: this recipe has no {scope}{hint}")
         for holder, scope in found:
             _put(holder, scope, name, new)
     return changed
+
+
+def _methods_in(recipe: dict[str, Any]) -> list[str]:
+    """Names of the methods that a recipe uses."""
+    return [name for name in METHODS if any(True for _ in _method_settings(recipe.get("stages"), name))]
 
 
 def _put(holder: dict[str, Any], scope: str, name: str, value: Any) -> None:

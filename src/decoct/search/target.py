@@ -22,7 +22,8 @@ Choice = Mapping[str, Level]
 _NOTHING = {
     "bits": "no method of this recipe has bits to choose; take one with gptq, or a preset such as w4 (for sparsities, "
     "give search.sparsity or search.levels)",
-    "sparsity": "no method of this recipe has a sparsity to choose; take one with sparsegpt, or the preset sparse50",
+    "sparsity": "no method of this recipe has a sparsity to choose (n of m has none); take one with sparsegpt, or the "
+    "preset sparse50",
 }
 
 

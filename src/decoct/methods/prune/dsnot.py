@@ -42,6 +42,10 @@ class DSnoT(LinearCorrection):
     def correct(self, weight: Weight, stat: Moments, original: Weight) -> Weight:
         """Swap; survivors that an earlier step moved stay where they are."""
         if not isinstance(weight, Sparse) and not (isinstance(weight, Masked) and isinstance(weight.inner, Dense)):
+            if weight.kind == Dense.kind:
+                raise ValueError(
+                    "dsnot swaps what an earlier step pruned; put wanda, sparsegpt or their like before it"
+                )
             raise refusal("dsnot", weight)
         variance, mean = stat.variance(), stat.mean
         if not (torch.isfinite(variance).all() and torch.isfinite(mean).all()):
