@@ -323,7 +323,7 @@ def test_a_plan_tells_what_share_is_left_where_shapes_do_not(tmp_path: Path) -> 
 
 
 def test_a_result_that_grows_is_told(tmp_path: Path) -> None:
-    base = make_base(tmp_path)
+    base = make_base(tmp_path, dtype=torch.bfloat16)
     job = make_job(base, tmp_path / "out", {"linear": {"wanda": {"sparsity": 0.03}}})
     (note,) = plan_stages(job.model, job.stages, job.data, job.budget, None).stages[0].notes
     assert note.startswith("the result is larger (")
