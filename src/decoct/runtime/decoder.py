@@ -13,6 +13,7 @@ from decoct.methods.policy import read_policy
 from decoct.model import Model
 from decoct.runtime.anatomy import Anatomy, anatomy, slow_because
 from decoct.runtime.cache import places
+from decoct.runtime.heap import large_blocks_apart
 from decoct.runtime.keep import Keep, PolicyKeep, Span, StaticKeep
 from decoct.runtime.kernels.product import MOST_DIRECT
 from decoct.runtime.linears import Linear, joined, product
@@ -124,14 +125,16 @@ class Decoder:
             )
         self.windows = [each.sliding_window for each in runner.attentions()]
         self._keep = _keep(model, self.form, runner, self)
-        load = _Loader(model, self.form, self.dtype)
-        self._table = product(model.weight(model.family.embed), self.dtype)
         kinds = {id(cosines): (cosines, sines) for cosines, sines in angles}
         order = list(kinds)
-        self.blocks = [load.block(number, order.index(id(angles[number][0]))) for number in range(model.num_blocks)]
+        load = _Loader(model, self.form, self.dtype)
+        with large_blocks_apart():
+            # The largest matrices first: what they take while they are packed is room for blocks afterwards.
+            self._table = product(model.weight(model.family.embed), self.dtype)
+            head = self._table if model.tied else product(model.weight(model.family.head), self.dtype)
+            self.blocks = [load.block(number, order.index(id(angles[number][0]))) for number in range(model.num_blocks)]
         self.angles = [(cosines, _signed(sines)) for cosines, sines in kinds.values()]
         self.final = load.norm(f"{model.family.base_prefix}norm.weight")
-        head = self._table if model.tied else product(model.weight(model.family.head), self.dtype)
         self.head = Linear((head,))
         self._lengths = [0] * num_seats
         self._step = step_of(self, self._keep)
