@@ -22,13 +22,21 @@ def test_shares_follow_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(7, 9, generator=generator), torch.randn(5, 9, generator=generator)]
     norms = [torch.rand(9, generator=generator) * 4, torch.rand(9, generator=generator)]
-    count = 0
-    for w, norm in zip(matrices, norms, strict=True):
-        scores = [[abs(float(w[i, j])) * float(norm[j]) for j in range(w.shape[1])] for i in range(w.shape[0])]
-        mean = sum(map(sum, scores)) / w.numel()
-        count += sum(score > 2.0 * mean for row in scores for score in row)
+    scores = [
+        abs(float(w[i, j])) * float(norm[j])
+        for w, norm in zip(matrices, norms, strict=True)
+        for i in range(w.shape[0])
+        for j in range(w.shape[1])
+    ]
+    count = sum(score > 2.0 * sum(scores) / len(scores) for score in scores)
     assert count > 0
     assert outlier_share(matrices, norms, times=2.0) == count / (7 * 9 + 5 * 9)
+
+
+def test_a_matrix_that_stands_out_as_a_whole_is_outlying() -> None:
+    """The mean is the block's: in its own matrix no weight stands out from others of the same size."""
+    matrices, norms = [torch.ones(10, 9), torch.full((1, 9), 100.0)], [torch.ones(9), torch.ones(9)]
+    assert outlier_share(matrices, norms) == 1 / 11
 
 
 def test_sparsities_average_to_what_was_asked_and_lie_within_the_spread() -> None:

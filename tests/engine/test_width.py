@@ -11,10 +11,11 @@ from decoct.engine.compress import compress_job
 from decoct.engine.find_information import Informing, find_information
 from decoct.engine.gradients import Sweep
 from decoct.engine.job import Watch
-from decoct.engine.narrow import NarrowModel, head_trunk, mlp_trunk
+from decoct.engine.narrow import NarrowModel, channels_of, head_trunk, mlp_trunk
 from decoct.engine.stages import plan_stages
 from decoct.engine.stream import _Streamer
 from decoct.methods import METHODS
+from decoct.methods.prune.magnitude_width import MagnitudeWidth
 from decoct.model import open_model
 from decoct.recipe import RecipeError, parse_recipe
 from decoct.weights import Dense
@@ -111,6 +112,21 @@ def test_heads_go_with_their_queries_keys_and_values(tmp_path: Path) -> None:
         assert torch.equal(made.weight(full).unpack(), before.weight(full).unpack()[rows])
     found = AutoModelForCausalLM.from_pretrained(result.folder)(some_tokens()).logits
     torch.testing.assert_close(found, reference(some_tokens()).logits, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["minitron", "flap", "ziplm"])
+def test_neurons_are_chosen_and_refitted_on_what_the_heads_left_make_of_them(name: str, tmp_path: Path) -> None:
+    """Heads and neurons in one stage are the heads first, then neurons of the model without them."""
+    base = make_base(tmp_path, num_hidden_layers=1)
+    together = narrow(base, tmp_path / "together", stage(name, keep_heads=0.5, keep=0.7)).folder
+    first = narrow(base, tmp_path / "heads", stage(name, keep_heads=0.5, keep=1.0)).folder
+    (tmp_path / "heads/text.txt").write_text((tmp_path / "text.txt").read_text())
+    made, headless = open_model(together), open_model(first)
+    keep = (made.num_parameters + 1) / headless.num_parameters
+    both = open_model(narrow(first, tmp_path / "both", stage(name, keep=keep)).folder)
+    assert made.config["intermediate_size"] == both.config["intermediate_size"] < 48
+    for path in made.slots():
+        assert torch.equal(made.weight(path).unpack(), both.weight(path).unpack()), path
 
 
 def test_a_refit_loses_less_than_mere_slices(tmp_path: Path) -> None:
@@ -279,6 +295,18 @@ def test_rows_of_grouped_queries(tmp_path: Path) -> None:
     assert (trunk.unit, trunk.num_units) == (16, 2)
     rows = {writer.slot.role: writer.row_numbers(torch.tensor([1]), 2).tolist() for writer in trunk.writers}
     assert rows == {"attn.q": [*range(16, 32)], "attn.k": [*range(8, 16)], "attn.v": [*range(8, 16)]}
+
+
+def test_magnitude_counts_every_weight_of_a_head_once(tmp_path: Path) -> None:
+    """Keys and values that two query heads read included."""
+    model = open_model(make_base(tmp_path))
+    weights = {model.prefix(1) + slot.name: model.weight(model.prefix(1) + slot.name) for slot in model.block_slots}
+    q, k, v, o = (weights[f"model.layers.1.self_attn.{name}_proj.weight"].unpack() for name in "qkvo")
+    found = MagnitudeWidth().scores(channels_of(weights, {}, model.prefix(1), head_trunk(model), None))
+    for head in range(2):
+        query, key = slice(16 * head, 16 * head + 16), slice(8 * head, 8 * head + 8)
+        expected = sum(float(part.square().sum()) for part in (q[query], k[key], v[key], o[:, query]))
+        assert float(found[head]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_keep_counts_the_whole_model(tmp_path: Path) -> None:

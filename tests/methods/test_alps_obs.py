@@ -48,6 +48,15 @@ def test_the_surgeon_removes_what_costs_least_and_solves_for_the_rest(pattern: P
     torch.testing.assert_close(found.double(), reference.least_squares(w, H, expected), rtol=1e-4, atol=1e-4)
 
 
+def test_small_inputs_among_dead_ones_are_treated_as_large_ones() -> None:
+    """Dead features must not weigh in the mean that damping is a fraction of."""
+    w, x, _ = setting()
+    x[:, ::2] = 0
+    (values, alive), (small, same) = (surgeon(w, hessian(factor * x), Pattern(18, IN)) for factor in (1.0, 0.01))
+    assert torch.equal(alive, same)
+    torch.testing.assert_close(values, small, rtol=1e-4, atol=1e-5)
+
+
 def test_the_surgeons_own_updates_come_to_least_squares() -> None:
     """Hassibi and Stork's update for every removal, on one row."""
     w, x, stat = setting(1)

@@ -65,6 +65,16 @@ def test_swaps_are_the_references(pruning: Magnitude, run: int, most: int) -> No
         assert torch.equal(*counts)
 
 
+def test_a_long_pattern_is_kept() -> None:
+    width = 128
+    w, x = gaussian(OUT, width), correlated(150, width) + gaussian(width, seed=9) * torch.linspace(0, 4, width)
+    before = Magnitude(n=32, m=64).compress(Dense.of(w))
+    after = DSnoT().correct(before, moments(x), Dense.of(w))
+    assert isinstance(after, Sparse)
+    assert not torch.equal(after.unpack(), before.unpack())
+    assert (after.survivors().reshape(-1, 64).sum(1) == 32).all()
+
+
 def test_survivors_that_moved_stay_where_they_are() -> None:
     w, x = gaussian(OUT, IN), shifted()
     gram = Gram.empty(IN)
@@ -123,5 +133,8 @@ def test_dead_columns_and_bad_numbers() -> None:
 def test_a_pattern_is_found_and_chance_is_not_one() -> None:
     assert run_of(torch.tensor([[True, False, False, True] * 4] * 3)) == 2
     assert run_of(torch.tensor([[True, True, False, False] * 4] * 3)) == 4
+    long = Magnitude(n=32, m=64).compress(Dense.of(gaussian(8, 192)))
+    assert isinstance(long, Sparse)
+    assert run_of(long.survivors()) == 64
     assert run_of(torch.ones(3, 16, dtype=torch.bool)) == 16
     assert run_of(torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) < 0.5) == 64

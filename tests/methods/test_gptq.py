@@ -99,6 +99,16 @@ def test_dead_columns_become_zero_and_disturb_nothing(act_order: bool) -> None:
     assert not dequantize(codes, grid)[:, list(dead)].any()
 
 
+def test_damping_follows_the_size_of_live_inputs_however_many_are_dead() -> None:
+    """Dead features must not weigh in the mean that damping is a fraction of: small inputs would drown in it."""
+    w, x = setting(dead=tuple(range(0, IN, 2)))
+    grid = fit_grid(w, bits=3, group_size="channel")
+    found = [gptq_round(w, gram(factor * x).matrix(), grid)[:, 1::2] for factor in (1.0, 0.01)]
+    alone = gptq_round(w[:, 1::2].contiguous(), gram(0.01 * x[:, 1::2]).matrix(), grid)
+    for codes in found:
+        assert torch.equal(codes, alone)
+
+
 @pytest.mark.parametrize("clip_search", [False, True])
 def test_what_stood_in_a_dead_column_does_not_widen_its_groups_grid(clip_search: bool) -> None:
     """METHODS, GPTQ step 1: w_j = 0 first, then everything else, the grid included."""

@@ -57,6 +57,18 @@ def test_it_is_the_papers_loop(
     check(found, reference.sparsegpt(w, hessian(x), num_dropped, block=block, by_row=by_row))
 
 
+def test_small_inputs_among_dead_ones_are_pruned_as_large_ones() -> None:
+    """Dead features must not weigh in the mean that damping is a fraction of."""
+    w, x, stat = setting(dead=tuple(range(0, IN, 2)))
+    small = Gram.empty(IN)
+    small.add(0.01 * x)
+    found, same = (SparseGPT(sparsity=0.75).compress(Dense.of(w), each) for each in (stat, small))
+    assert isinstance(found, Sparse)
+    assert isinstance(same, Sparse)
+    assert torch.equal(found.survivors(), same.survivors())
+    torch.testing.assert_close(found.unpack(), same.unpack(), rtol=1e-4, atol=1e-5)
+
+
 def rounder(grid: Grid) -> Any:
     zero = torch.full_like(grid.scale.float(), 2 ** (grid.bits - 1)) if grid.zero is None else grid.zero
     own = grids.Grids(grid.scale.tolist(), zero.tolist(), grid.bits, grid.group_size)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decoct.ops.linalg import damped_cholesky, inverse_factor
+from decoct.ops.linalg import damped_cholesky, inverse_factor, revived
 from tests.reference.gptq import inverse
 from tests.reference.inputs import correlated, hessian
 from tests.reference.low_rank import cholesky
@@ -30,6 +30,18 @@ def test_float32_is_close_to_float64() -> None:
     narrow, wide = inverse_factor(H.float(), 0.01).upper, inverse_factor(H, 0.01).upper
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow.double(), wide, rtol=1e-3, atol=1e-4 * float(wide.abs().max()))
+
+
+def test_dead_features_are_given_the_mean_of_live_ones() -> None:
+    x = correlated(64, 8)
+    x[:, [0, 3]] = 0
+    H = hessian(x)
+    found = revived(H)
+    live = [1, 2, 4, 5, 6, 7]
+    assert found.diagonal()[[0, 3]].tolist() == [float(H.diagonal()[live].mean())] * 2
+    found.diagonal()[[0, 3]] = 0.0
+    assert torch.equal(found, H)
+    assert torch.equal(revived(torch.zeros(3, 3)), torch.eye(3))
 
 
 def test_input_is_not_changed() -> None:

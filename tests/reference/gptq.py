@@ -15,10 +15,15 @@ Round = Callable[[Tensor, int], Tensor]
 
 
 def prepared(H: Matrix, damping: float, act_order: bool) -> tuple[Matrix, list[int], list[bool]]:
-    """H with dead features given H_jj = 1 and the damping added; the order of elimination; which features are dead."""
+    """H with dead features given the live ones' mean H_jj (1 if there are none) and the damping added, and more.
+
+    That is the order of elimination, and which features are dead.
+    """
     n = len(H)
     dead = [H[j][j] == 0 for j in range(n)]
-    H = [[1.0 if i == j and dead[j] else H[i][j] for j in range(n)] for i in range(n)]
+    live = [H[j][j] for j in range(n) if not dead[j]]
+    stand_in = sum(live) / len(live) if live else 1.0
+    H = [[stand_in if i == j and dead[j] else H[i][j] for j in range(n)] for i in range(n)]
     order = sorted(range(n), key=lambda j: -H[j][j]) if act_order else list(range(n))
     added = damping * sum(H[j][j] for j in range(n)) / n
     return [[H[i][j] + added * (i == j) for j in range(n)] for i in range(n)], order, dead

@@ -32,6 +32,7 @@ class Block:
         vectors: norms, biases and the like, by full name.
         prefix: of the full names of a block's tensors; None outside the blocks.
         answers: what was noted of its experts' answers; None: nothing.
+        rerun: gives statistics of the block as it is by now, for a step that looks twice; None: no step does.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Block:
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: str | None = None
     answers: ExpertStat | None = None
+    rerun: Callable[["Block"], Stats] | None = None
 
     def with_weights(self, new: Mapping[str, Weight]) -> "Block":
         """The block with other weights in some slots."""

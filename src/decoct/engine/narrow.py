@@ -34,7 +34,7 @@ class Trunk:
         edge: as slots spell it in `reads`.
         reader: the slot that reads it.
         writers: the slots that make it, each with how many rows it has for a unit's channels: one behind the other
-            `folds` times (gate and up in one matrix), each row standing for `repeats` channels (grouped queries).
+            `folds` times (gate and up in one matrix), each row standing for several channels (grouped queries).
         unit: channels that go together.
         num_units: of the model as it is.
     """
@@ -216,8 +216,16 @@ class NarrowModel(Reshaped):
     @property
     @override
     def wanted(self) -> Wanted:
-        kinds = self.method.stats
-        return {trunk.edge: kinds for trunk in trunks(self.base, self.method) if kinds}
+        return self._read(trunks(self.base, self.method)[:1])
+
+    @override
+    def halfway(self) -> tuple[Reshaped, Wanted] | None:
+        """Without heads: neurons are chosen, and what reads them is refitted, on what the heads left make of them."""
+        wanted = self._read(trunks(self.base, self.method)[1:])
+        if not wanted:
+            return None
+        widths = replace(self.widths, neurons=mlp_trunk(self.base).num_units)
+        return replace(self, method=replace(self.method, keep=1.0), widths=widths), wanted
 
     @override
     def step(self) -> Step:
@@ -226,8 +234,10 @@ class NarrowModel(Reshaped):
         def step(block: Block) -> Block:
             if block.prefix is None:
                 return block
+            known = self.information.get(block.prefix, {})
             for trunk in found:
-                known = self.information.get(block.prefix, {})
+                if trunk != found[0] and block.rerun is not None:
+                    block = replace(block, stats=block.rerun(block))
                 block = narrowed_block(block, trunk, self, known.get(trunk.edge), self.kept(trunk))
             return block
 
@@ -275,6 +285,10 @@ class NarrowModel(Reshaped):
         slots = [slot for t, _ in self._narrowed() for slot in (t.reader, *(writer.slot for writer in t.writers))]
         return sum(self.shape(self.prefix(0) + slot.name)[0] for slot in slots)
 
+    def _read(self, some: tuple[Trunk, ...]) -> Wanted:
+        """What the method reads of some edges."""
+        return {trunk.edge: self.method.stats for trunk in some if self.method.stats}
+
     def _narrowed(self) -> list[tuple[Trunk, int]]:
         return [(trunk, self.kept(trunk)) for trunk in trunks(self.base, self.method)]
 
@@ -286,6 +300,7 @@ def channels_of(
     return Channels(
         weights[prefix + trunk.reader.name].unpack(torch.float32),
         tuple(_as_channels(weights[prefix + w.slot.name], w, trunk) for w in trunk.writers),
+        tuple(trunk.unit // writer.rows for writer in trunk.writers),
         trunk.unit,
         stats.get(trunk.edge, {}),
         information,

@@ -4,12 +4,13 @@ from math import prod
 
 import torch
 
+from decoct.arch import Slot
 from decoct.engine.bridge import bridge_bytes, check_bridge
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.plan import FIXED, MARGIN, Group, Plan
 from decoct.engine.runner import running_nbytes
-from decoct.engine.shallow import ShallowModel
+from decoct.engine.shallow import SUBLAYERS, ShallowModel, slots_of
 from decoct.methods import name_of
 from decoct.methods.depth import DepthMethod
 from decoct.model import Model
@@ -101,5 +102,12 @@ def _fixed(model: Model, data: Data, dtype: torch.dtype, width: int) -> int:
 
 
 def _group(model: Model, method: DepthMethod) -> Group:
-    entries = sum(prod(model.shape(model.prefix(0) + slot.name)) for slot in model.block_slots)
-    return Group("blocks", method.num_dropped, method.num_dropped * entries, (method,))
+    """What the method's guess takes out; attentions and MLPs that go apart count as whole blocks by their size."""
+    entries = {part: sum(_entries(model, slot) for slot in slots_of(model, part)) for part in SUBLAYERS}
+    entries["block"] = sum(_entries(model, slot) for slot in model.block_slots)
+    gone = sum(entries[cut.part] for cut in method.guess(model.num_blocks))
+    return Group("blocks", round(gone / entries["block"]), gone, (method,))
+
+
+def _entries(model: Model, slot: Slot) -> int:
+    return prod(model.shape(model.prefix(0) + slot.name))

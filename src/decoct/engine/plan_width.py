@@ -113,8 +113,12 @@ def _sweep(model: Model) -> GuidancePlan:
 
 
 def _seconds(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) -> float:
-    """Two runs of the calibration text, the statistics, and a factorization or a few for each edge."""
-    forwards = (6.0 if method.uneven else 4.0) * model.num_parameters * data.num_tokens / (0.4 * product_rate(dtype))
+    """Runs of the calibration text, the statistics, and a factorization or a few for each edge.
+
+    There are two runs, and one more where blocks share neurons among them, or run again once their heads are gone.
+    """
+    thrice = method.uneven or len(trunks(model, method)) > 1
+    forwards = (6.0 if thrice else 4.0) * model.num_parameters * data.num_tokens / (0.4 * product_rate(dtype))
     squares = sum((trunk.unit * trunk.num_units) ** 2 for trunk in trunks(model, method))
     cubes = sum((trunk.unit * trunk.num_units) ** 3 for trunk in trunks(model, method))
     solving = (2.0 * data.num_tokens * squares + 10.0 * cubes) * model.num_blocks / (0.4 * product_rate(torch.float32))

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import pi, prod
+from math import ceil, inf, isfinite, pi, prod
 
 import torch
 from jaxtyping import Float, Int
@@ -64,7 +64,7 @@ class ModelProbe:
         return [float(_cosines(x, y).clamp(-1, 1).arccos().mean()) / pi for x, y in self._spans(span)]
 
     def losses(self, candidates: Sequence[Cuts]) -> list[float]:
-        """See Probe; only every so many tokens are compared, 4096 at most.
+        """See Probe; only every so many tokens are compared, 4096 at most. What is not finite counts as infinite.
 
         Raises:
             ValueError: the model's own predictions are not finite.
@@ -73,7 +73,8 @@ class ModelProbe:
         new = [cuts for cuts in dict.fromkeys(asked) if cuts not in self.known]
         for start in range(0, len(new), self.at_once):
             some = new[start : start + self.at_once]
-            found = dict(zip(some, self._divergences(self._final_states(some)), strict=True))
+            losses = self._divergences(self._final_states(some))
+            found = {cuts: loss if isfinite(loss) else inf for cuts, loss in zip(some, losses, strict=True)}
             self.known.update(found)
             self.measured(found)
         return [self.known[cuts] for cuts in asked]
@@ -167,7 +168,7 @@ class ModelProbe:
         model = self.model
         head = model.weight(model.end_slots[-1].name).unpack(self.dtype)
         count = self.tokens.numel()
-        picked = torch.arange(0, count, max(1, count // _MOST_COMPARED))
+        picked = torch.arange(0, count, ceil(count / _MOST_COMPARED))
         step = max(1, _LOGITS_AT_ONCE // head.shape[0])
         totals = torch.zeros(len(finals), dtype=torch.float64)
         for start in range(0, len(picked), step):

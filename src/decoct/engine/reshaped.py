@@ -37,6 +37,10 @@ class Reshaped(Model, ABC):
         """Statistics of a block's edges that its step reads."""
         return {}
 
+    def halfway(self) -> "tuple[Reshaped, Wanted] | None":
+        """The model after the first part of the step, and statistics of it that the rest reads; None: of one part."""
+        return None
+
     def expert_stat(self) -> ExpertStat | None:
         """What takes the answers of a block's experts, empty; None: its step does not look at them."""
         return None

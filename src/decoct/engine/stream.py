@@ -17,6 +17,7 @@ from decoct.engine.block import Block, Step, chain, each_block, each_linear
 from decoct.engine.folding import each_edge, folds
 from decoct.engine.gains import each_gain, normed
 from decoct.engine.guidance import Guidance
+from decoct.engine.halfway import Halfway
 from decoct.engine.journal import Journal
 from decoct.engine.passage import BlockPassage
 from decoct.engine.record import Gathered, Wanted, record, record_answers
@@ -123,9 +124,11 @@ class _Streamer:
         self._steps: tuple[Step, ...] = tuple(self._lifted(s) for s in todo.steps if not isinstance(s, Rotation))
         self._runner: Runner | None = None if todo.tokens is None else Runner(todo.model, todo.dtype)
         self._after = self._runner  # runs what a block has become
+        self._halfway: Halfway | None = None
         if todo.becomes is not None:
             self._steps += (todo.becomes.step(),)
             self._after = None if todo.tokens is None else Runner(todo.becomes, todo.dtype)
+            self._halfway = None if todo.tokens is None else Halfway.of(todo.becomes, todo.dtype)
         # Two chains of hidden states: of the model as it becomes and, if a step compares with it, as it was.
         self._paired = any(is_paired(step) for step in todo.steps)
         self._states: Activations | None = None
@@ -193,6 +196,8 @@ class _Streamer:
         del laid  # the steps need the room
         starved = self._fill_starved(stats, slots) + _unasked(answers, slots)
         given = Block(label, slots, original, original, stats, starved, passage, others, model.prefix(block), answers)
+        if self._halfway is not None:
+            given = replace(given, rerun=partial(self._halfway.stats, block, states, list(self._batches())))
         made = self._compress(given)
         del stats, given
         assert self._after is not None
@@ -215,7 +220,7 @@ class _Streamer:
     def _compress(self, block: Block) -> Block:
         """Run the steps, and let go of what only they need."""
         made = chain(*self._steps)(block)
-        return replace(made, stats={}, passage=None)
+        return replace(made, stats={}, passage=None, rerun=None)
 
     def _gather(
         self, block: int, laid: LaidOut, states: Activations, answers: ExpertStat | None

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal, Protocol
 
 from decoct.methods.base import ModelMethod
@@ -47,7 +48,10 @@ class Probe(Protocol):
         """E[arccos(cos(x, y))] / pi of every run of `span` blocks, x what enters it and y what leaves it."""
 
     def losses(self, candidates: Sequence[Cuts]) -> list[float]:
-        """Mean KL(whole model ‖ model without these), nats a token, of each candidate; all in one pass."""
+        """Mean KL(whole model ‖ model without these), nats a token, of each candidate; all in one pass.
+
+        Infinite where the candidate's predictions are not finite.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,3 +109,15 @@ class DepthMethod(ModelMethod, ABC):
 def whole(blocks: Iterable[int]) -> Cuts:
     """Cuts of whole blocks."""
     return frozenset(Cut(block) for block in blocks)
+
+
+def least(losses: Sequence[float]) -> int:
+    """The place of the smallest loss, the first of equals.
+
+    Raises:
+        ValueError: none is finite.
+    """
+    found = min(range(len(losses)), key=losses.__getitem__)
+    if not isfinite(losses[found]):
+        raise ValueError("whatever goes next, the predictions are not finite; take out less, or check the checkpoint")
+    return found

@@ -22,6 +22,7 @@ class Channels:
         reader: the matrix that reads the edge, float32.
         writers: the matrices whose rows make its channels, float32, each with the rows of one channel side by side in
             the same order as the reader's columns; keys and values of grouped queries appear once for each query head.
+        repeats: how often each writer's rows appear.
         unit: neighbouring channels that can only go together: 1 in an MLP, a key-value head's share in attention.
         stats: statistics of the edge, by kind.
         information: the Fisher information of a factor on what each unit puts out, up to a common factor, or what a
@@ -30,6 +31,7 @@ class Channels:
 
     reader: Float[Tensor, "out channels"]
     writers: tuple[Float[Tensor, "channels in"], ...]
+    repeats: tuple[int, ...]
     unit: int
     stats: Mapping[type[Any], Any]
     information: Float[Tensor, " units"] | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decoct.ops.codebook import between
 from decoct.ops.grid import Grid
-from decoct.ops.linalg import inverse_factor
+from decoct.ops.linalg import inverse_factor, revived
 
 _LEAF = 16  # features rounded one by one before the rest is updated by a matrix product
 
@@ -70,10 +70,9 @@ class Elimination:
         Raises:
             ValueError: H is not finite or cannot be factored.
         """
-        H = H.clone()
+        dead = torch.diagonal(H) == 0
+        H = revived(H)
         diagonal = torch.diagonal(H)
-        dead = diagonal == 0
-        diagonal[dead] = 1.0
         order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(H.shape[0])
         if last is not None:
             late = torch.zeros_like(dead)

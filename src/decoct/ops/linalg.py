@@ -17,6 +17,22 @@ class InverseFactor(NamedTuple):
     damping: float
 
 
+def revived(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """A copy of a Gram matrix in which features that never fired are as large as the others are on average.
+
+    So they can be factored, and do not change the mean diagonal, which damping is a fraction of, whatever the scale.
+    Where nothing ever fired it is the identity.
+
+    Args:
+        H: symmetric positive semidefinite.
+    """
+    H = H.clone()
+    diagonal = torch.diagonal(H)
+    dead = diagonal == 0
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
+    return H
+
+
 def inverse_factor(H: Float[Tensor, "n n"], damping: float) -> InverseFactor:
     """Factor the inverse of a symmetric positive semidefinite matrix without forming the inverse.
 

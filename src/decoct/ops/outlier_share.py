@@ -7,25 +7,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 TIMES = 5.0
-"""A weight is outlying if |w|·‖x‖ is above so many times its matrix's mean."""
+"""A weight is outlying if |w|·‖x‖ is above so many times the block's mean."""
 
 
 def outlier_share(
     matrices: Sequence[Float[Tensor, "out in"]], norms: Sequence[Float[Tensor, " in"]], times: float = TIMES
 ) -> float:
-    """Fraction of a block's weights that are outlying, each in its own matrix.
+    """Fraction of a block's weights that are outlying: all its matrices' scores have one mean, as in the paper's code.
 
     Args:
         matrices: of the block.
-        norms: of each matrix's input features, up to a common factor.
+        norms: of each matrix's input features, up to a factor that all matrices have in common.
         times: see TIMES.
     """
-    outlying, entries = 0, 0
-    for w, norm in zip(matrices, norms, strict=True):
-        score = w.float().abs() * norm.float()
-        outlying += int((score > times * score.mean()).sum())
-        entries += w.numel()
-    return outlying / entries
+    pairs = list(zip(matrices, norms, strict=True))
+    entries = sum(w.numel() for w in matrices)
+    limit = times * sum(float(_scores(w, norm).sum(dtype=torch.float64)) for w, norm in pairs) / entries
+    return sum(int((_scores(w, norm) > limit).sum()) for w, norm in pairs) / entries
+
+
+def _scores(w: Float[Tensor, "out in"], norm: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+    """What each weight is worth to Wanda."""
+    return w.float().abs() * norm.float()
 
 
 def spread_sparsities(shares: Sequence[float], sparsity: float, spread: float) -> list[float]:

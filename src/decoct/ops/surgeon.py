@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decoct.ops.linalg import inverse_factor
+from decoct.ops.linalg import inverse_factor, revived
 from decoct.ops.sparsity import Pattern
 
 _AT_ONCE = 1 << 20  # entries of inverse Hessians worked on at a time: they fit the cache
@@ -36,7 +36,7 @@ def surgeon(
     """
     H = H.double()
     dead = torch.diagonal(H) == 0
-    H = H + torch.diag(dead.double())
+    H = revived(H)
     upper, used = inverse_factor(H, damping)
     inverse = upper.T @ upper
     target = w.double().masked_fill(dead, 0.0)

@@ -4,20 +4,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-_LONGEST = 32  # entries of an N:M pattern that is looked for in a mask
-
 
 def run_of(survivors: Bool[Tensor, "out in"]) -> int:
-    """The shortest run of up to 32 entries of which all have as many survivors, an N:M pattern; a row if there is none.
+    """The shortest run of entries of which all have as many survivors, an N:M pattern; a row if there is none.
 
-    Runs of which nothing or everything survives are no pattern.
+    Runs divide a row. Those of which nothing or everything survives are no pattern.
     """
     width = survivors.shape[1]
-    for run in range(2, min(_LONGEST, width - 1) + 1):
-        if width % run == 0:
-            counts = survivors.reshape(-1, run).sum(1)
-            if 0 < int(counts[0]) < run and bool((counts == counts[0]).all()):
-                return run
+    for run in (run for run in range(2, width) if width % run == 0):
+        counts = survivors.reshape(-1, run).sum(1)
+        if 0 < int(counts[0]) < run and bool((counts == counts[0]).all()):
+            return run
     return width
 
 

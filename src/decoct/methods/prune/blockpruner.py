@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from decoct.methods.depth import Cut, Cuts, DepthMethod, Probe
+from decoct.methods.depth import Cut, Cuts, DepthMethod, Probe, least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class BlockPruner(DepthMethod):
                 (loss - base) / (probe.share(cut) if self.per_parameter else 1.0)
                 for cut, loss in zip(fitting, losses, strict=True)
             ]
-            best = min(range(len(fitting)), key=worth.__getitem__)
+            best = least(worth)
             found, base = found | {fitting[best]}, losses[best]
 
     @override

@@ -8,7 +8,7 @@ from random import Random
 
 from typing_extensions import override
 
-from decoct.methods.depth import Cut, Cuts, DepthMethod, Probe, whole
+from decoct.methods.depth import Cut, Cuts, DepthMethod, Probe, least, whole
 
 _ATTEMPTS = 64  # mutations tried for one that is new
 
@@ -43,17 +43,14 @@ class EvoPress(DepthMethod):
         """The best parent of all generations."""
         alone = probe.losses([whole([block]) for block in range(probe.num_blocks)])
         order = sorted(range(probe.num_blocks), key=alone.__getitem__)
-        parent, best = whole(order[: self.num_dropped]), float("inf")
+        parent = whole(order[: self.num_dropped])
         for generation in range(self.generations):
             rng = Random(f"{self.seed} {generation}")  # noqa: S311 - chance, not secrets
-            tried = [parent] if generation == 0 else []
+            tried = [parent]
             for _ in range(self.offspring):
                 child = _child(parent, tried, probe.num_blocks, rng)
                 tried += [] if child is None else [child]
-            losses = probe.losses(tried) if tried else []
-            for cuts, loss in zip(tried, losses, strict=True):
-                if loss < best:
-                    parent, best = cuts, loss
+            parent = tried[least(probe.losses(tried))]
         return parent
 
     @override

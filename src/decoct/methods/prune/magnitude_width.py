@@ -25,6 +25,7 @@ class MagnitudeWidth(WidthMethod):
 
     @override
     def scores(self, channels: Channels) -> Float[Tensor, " units"]:
-        """Sum of squares."""
-        rows = sum(writer.square().sum(1) for writer in channels.writers)
+        """Sum of squares; a row of keys or values that several query heads read counts once."""
+        pairs = zip(channels.writers, channels.repeats, strict=True)
+        rows = sum(writer.square().sum(1) / repeats for writer, repeats in pairs)
         return channels.by_unit(channels.reader.square().sum(0) + rows)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from decoct.methods.depth import Cut, Cuts, DepthMethod, Probe
+from decoct.methods.depth import Cut, Cuts, DepthMethod, Probe, least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +19,7 @@ class SLEB(DepthMethod):
         found: Cuts = frozenset()
         while len(found) < self.num_dropped:
             options = [found | {Cut(block)} for block in range(probe.num_blocks) if Cut(block) not in found]
-            losses = probe.losses(options)
-            found = options[min(range(len(options)), key=losses.__getitem__)]
+            found = options[least(probe.losses(options))]
         return found
 
     @override
