@@ -36,7 +36,7 @@ from decoct.engine.plan import Plan
 from decoct.engine.plan_depth import candidates_at_once
 from decoct.engine.reshaped import Reshaped
 from decoct.engine.rotate import RotatedModel, rotated
-from decoct.engine.run_depth import DepthPass, describe_cuts, run_depth
+from decoct.engine.run_depth import DepthPass, describe_depth, run_depth
 from decoct.engine.sliced import Slicing, run_slicing
 from decoct.engine.stages import (
     CacheStage,
@@ -154,8 +154,10 @@ def _run_stage(
     if isinstance(stage, DepthStage):
         assert tokens is not None
         at_once = candidates_at_once(plan, model, stage.method, job.data)
-        left = run_depth(DepthPass(stage.method, model, tokens, plan.dtype, at_once, staged, journal, note))
-        return {**entry, "taken_out": describe_cuts(left.cuts)}, left
+        how = stage.method, model, tokens, plan.dtype, at_once, plan.in_memory
+        left = run_depth(DepthPass(*how, staged, scratch, journal, note, watch.message))
+        _clear(scratch, staged)
+        return {**entry, **describe_depth(left, stage.method)}, left
     if isinstance(stage, SliceStage):
         assert tokens is not None
         return entry, run_slicing(Slicing(stage.method, model, tokens, plan.dtype, staged, journal, note))
