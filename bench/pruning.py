@@ -41,6 +41,10 @@ ROWS: Rows = {
     "depth 4, blockpruner, per parameter": ("quick", depth("blockpruner", 4, per_parameter=True)),
     **{f"depth {n}, {m}": ("quick", depth(m, n)) for n in (2, 7, 8) for m in ("shortgpt", "sleb")},
     "depth 8, sleb, bridge": ("quick", depth("sleb", 8, bridge=True)),
+    "depth 4, sleb, quick": ("quick", depth("sleb", 4)),
+    "depth 4, sleb, bridge, quick": ("quick", depth("sleb", 4, bridge=True)),
+    "depth 4, sleb, bridge 64": ("quick", depth("sleb", 4, bridge=64)),
+    "depth 4, blockpruner, bridge": ("quick", depth("blockpruner", 4, bridge=True)),
     **{f"width 20 %, {m}, quick": ("quick", width(m, 0.8)) for m in WIDTH},
     **{
         f"width {round(100 - 100 * keep)} %, {m}, quick": ("quick", width(m, keep))

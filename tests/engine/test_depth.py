@@ -243,6 +243,7 @@ class Pairs:
     """A probe of five blocks that are missed by pairs: those missed least one by one are missed most together."""
 
     num_blocks = 5
+    num_sequences = 1
 
     def __init__(self) -> None:
         self.pairs = [whole(pair) for pair in combinations(range(5), 2)]
@@ -256,7 +257,7 @@ class Pairs:
     def angles(self, span: int) -> list[float]:
         raise AssertionError(span)
 
-    def losses(self, candidates: Sequence[Cuts]) -> list[float]:
+    def losses(self, candidates: Sequence[Cuts], num_sequences: int | None = None) -> list[float]:
         """Of a pair, less the later it comes; alone, less the earlier."""
         return [float(next(iter(cuts)).block if len(cuts) == 1 else 9 - self.pairs.index(cuts)) for cuts in candidates]
 
@@ -268,6 +269,56 @@ def test_evolution_finds_the_best_set_from_a_bad_beginning(seed: int) -> None:
     assert probe.losses([start]) == [max(probe.losses(probe.pairs))]
     chosen = EvoPress(num_dropped=2, generations=6, offspring=4, seed=seed).choose(probe)
     assert chosen == min(probe.pairs, key=lambda cuts: probe.losses([cuts])) == whole([3, 4])
+
+
+def test_offspring_are_judged_on_more_and_more_text(tmp_path: Path) -> None:
+    """Eight on a quarter of it, the best two on everything; the first parent is measured with them."""
+    from decoct.methods.prune.evopress import EvoPress
+
+    base = make(tmp_path)
+    tokens = torch.randint(3, 60, (8, 12), generator=torch.Generator().manual_seed(3))
+    asked: list[tuple[int, int]] = []
+
+    class Asked(ModelProbe):
+        def losses(self, candidates: Sequence[Cuts], num_sequences: int | None = None) -> list[float]:
+            asked.append((len(candidates), num_sequences or self.num_sequences))
+            return super().losses(candidates, num_sequences)
+
+    def choose(**settings: Any) -> Cuts:
+        with torch.no_grad():
+            probe = Asked(open_model(base), tokens, torch.float32, 3)
+            return EvoPress(num_dropped=2, generations=2, **settings).choose(probe)
+
+    first = choose(offspring=8)
+    assert asked == [(5, 8), (8, 2), (3, 8), (8, 2), (2, 8)]
+    assert choose(offspring=8) == first
+    assert choose(offspring=1, seed=4)
+    assert asked[10:] == [(5, 8), (2, 8), (1, 8)], "a single child needs no elimination"
+
+
+@torch.no_grad()
+def test_losses_on_the_first_sequences_are_those_of_a_shorter_text(tmp_path: Path) -> None:
+    base = make(tmp_path)
+    tokens, probe = tokens_and_probe(base)
+    short = ModelProbe(open_model(base), tokens[:1], torch.float32, 3)
+    candidates = [whole([1]), whole([2, 4])]
+    assert probe.losses(candidates, 1) == pytest.approx(short.losses(candidates), rel=1e-4)
+    assert probe.losses(candidates, 1) != pytest.approx(probe.losses(candidates), rel=1e-4)
+
+
+def test_an_interrupted_evolution_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make(tmp_path)
+    stage = stages({"evopress": {"num_dropped": 2, "generations": 2, "offspring": 8, "num_sequences": 4}})
+    whole_run = digests(compress_job(make_job(base, tmp_path / "whole", **stage), Watch()).folder)
+    measure = ModelProbe._divergences
+    for call in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelProbe, "_divergences", crash_at(call, measure))
+            with pytest.raises(Crash):
+                compress_job(make_job(base, tmp_path / "out", **stage), Watch())
+    lines = (tmp_path / "out/.run/stage-0/losses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sequences"] for line in lines] == [4] * 5 + [1] * 8 + [4] * 3
+    assert digests(compress_job(make_job(base, tmp_path / "out", **stage), Watch()).folder) == whole_run
 
 
 def test_a_bridge_makes_up_for_much_of_a_gap(stories: Path, story_text: Path, tmp_path: Path) -> None:

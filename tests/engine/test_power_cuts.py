@@ -19,6 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "a cache policy": {"stages": [{"cache": {"kivi": {"group_size": 8}}}]},
     "rotated": {"stages": [{"blocks": [{"quarot": {}}, GPTQ]}]},
     "learned rotations": {"stages": [{"blocks": [{"spinquant": {"num_steps": 3, "batch_size": 2}}, GPTQ]}]},
+    "a bridge": {"stages": [{"angular": {"num_dropped": 1, "bridge": 2}}]},
     "tuned": {"stages": [{"blocks": [EVERYTHING]}, {"e2e_qp": {"num_steps": 3}}]},
 }
 
@@ -42,6 +43,7 @@ def cut(base: Path, folder: Path, recipe: dict[str, Any], every: int) -> int:
         ("guided", 11),
         ("two chains of states", 7),
         ("a cache policy", 5),
+        ("a bridge", 11),
         ("tuned", 13),
         ("learned rotations", 7),
     ],
@@ -57,6 +59,7 @@ def test_some_points(recipe: str, every: int, base: Path, tmp_path: Path) -> Non
         ("one stage", 1),
         ("two stages", 1),
         ("two chains of states", 3),
+        ("a bridge", 2),
         ("tuned", 5),
         ("rotated", 2),
         ("guided", 2),

@@ -92,6 +92,7 @@ BASES = {
         "block_learning",
         "cache_policy",
         "depth",
+        "elimination",
         "experts",
         "learned_division",
         "learned_grid",

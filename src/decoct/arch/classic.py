@@ -94,4 +94,5 @@ GPT_NEOX = Family(
     head="embed_out.weight",
     renames=(("embed_out.", "lm_head."),),
     base_prefix="gpt_neox.",
+    parallel=lambda config: bool(config.get("use_parallel_residual", True)),
 )

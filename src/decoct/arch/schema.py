@@ -95,6 +95,7 @@ class Family:
         stream: how the residual stream is read, from the config; raises ValueError where it cannot be rotated.
         renames: (part of a checkpoint name, the same part in transformers' module), where the two differ.
         num_blocks_key: the config's key for the number of blocks.
+        parallel: whether attention and MLP of a block read the same hidden states, from the config.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     num_blocks_key: str = "num_hidden_layers"
     base_prefix: str = "model."
+    parallel: Callable[[Config], bool] = lambda _: False
 
     def num_blocks(self, config: Config) -> int:
         """How many blocks a checkpoint has."""

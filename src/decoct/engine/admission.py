@@ -12,7 +12,7 @@ from torch import Tensor
 from decoct.engine.data import Data, load_tokens, tokens_digest
 from decoct.engine.disk import RUN_FOLDER
 from decoct.engine.job import Job, Watch
-from decoct.engine.journal import JOURNAL, LOCK
+from decoct.engine.journal import JOURNAL, LOCK, same_json
 from decoct.engine.stages import completed
 from decoct.engine.summary import Result, read_result
 from decoct.model import Model
@@ -98,7 +98,7 @@ def is_result_of(folder: Path, job: Job) -> bool:
         return False
     stages = completed(job.model, job.stages)
     made = read_json(folder / MANIFEST)["lineage"][-len(stages) :]
-    if [entry["stage"] for entry in made] != json.loads(json.dumps([stage.description for stage in stages])):
+    if not same_json([entry["stage"] for entry in made], [stage.description for stage in stages]):
         return False
     data = {**job.data.model_dump(), "source": _text_name(job.data)}
     read = [{k: v for k, v in entry["data"].items() if k != "tokens"} for entry in made if entry["data"]]

@@ -36,7 +36,7 @@ from decoct.engine.plan import Plan
 from decoct.engine.plan_depth import candidates_at_once
 from decoct.engine.reshaped import Reshaped
 from decoct.engine.rotate import RotatedModel, rotated
-from decoct.engine.run_depth import DepthPass, describe_cuts, run_depth
+from decoct.engine.run_depth import DepthPass, describe_depth, run_depth
 from decoct.engine.sliced import Slicing, run_slicing
 from decoct.engine.stages import (
     CacheStage,
@@ -154,10 +154,12 @@ def _run_stage(
     if isinstance(stage, DepthStage):
         assert tokens is not None
         at_once = candidates_at_once(plan, model, stage.method, job.data)
-        left = run_depth(DepthPass(stage.method, model, tokens, plan.dtype, at_once, staged, journal, note))
-        gone = describe_cuts(left.cuts)
-        watch.message(f"taken out: {', '.join(gone)}")
-        return {**entry, "taken_out": gone}, left
+        how = stage.method, model, tokens, plan.dtype, at_once, plan.in_memory
+        left = run_depth(DepthPass(*how, staged, scratch, journal, note, watch.message))
+        _clear(scratch, staged)
+        found = describe_depth(left, stage.method)
+        watch.message(f"taken out: {', '.join(found['taken_out'])}")
+        return {**entry, **found}, left
     if isinstance(stage, SliceStage):
         assert tokens is not None
         return entry, run_slicing(Slicing(stage.method, model, tokens, plan.dtype, staged, journal, note))

@@ -44,8 +44,8 @@ class Journal:
             self._append({"identity": identity})
             return
         before = lines[0].get("identity", {})
-        if before != identity:
-            changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+        changed = sorted(key for key in {*before, *identity} if not same_json(before.get(key), identity.get(key)))
+        if changed:
             raise ValueError(
                 f"{folder.parent.parent} holds an unfinished run with another {', '.join(changed)}; repeat the first "
                 "command to finish it, add --fresh to discard it, or choose another output folder"
@@ -95,7 +95,12 @@ def begun_otherwise(folder: Path, identity: dict[str, Any], keys: Iterable[str])
     """Whether a stage's folder holds a run that differs in one of these keys and has not finished any part."""
     lines, identity = _whole_lines(folder / JOURNAL), _as_read_back(identity)
     before = lines[0].get("identity", {}) if len(lines) == 1 else identity
-    return any(before.get(key) != identity.get(key) for key in keys)
+    return any(not same_json(before.get(key), identity.get(key)) for key in keys)
+
+
+def same_json(one: object, other: object) -> bool:
+    """Whether two values are the same as JSON has them: true is not 1, which Python takes to be equal."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 @contextmanager

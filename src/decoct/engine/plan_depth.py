@@ -5,10 +5,10 @@ from math import prod
 import torch
 
 from decoct.arch import Slot
-from decoct.engine.bridge import bridge_bytes, check_bridge
 from decoct.engine.budget import Budget, compute_dtype, format_size, product_rate, resident_bytes
 from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.plan import FIXED, MARGIN, Group, Plan
+from decoct.engine.plan_bridge import COPIES, bridge_bytes, bridge_seconds, check_bridge, states_bytes
 from decoct.engine.runner import running_nbytes
 from decoct.engine.shallow import SUBLAYERS, ShallowModel, slots_of
 from decoct.methods import name_of
@@ -43,21 +43,24 @@ def plan_depth(
     left = ShallowModel.of(model, method.guess(model.num_blocks))
     width = model.shape(model.family.embed)[1]
     states = min(method.num_sequences, data.num_sequences) * data.sequence_length * width * dtype.itemsize
-    fixed = (
-        _fixed(model, data, dtype, width)
-        + (2 + method.window) * states
-        + (bridge_bytes(model, data, dtype) if method.bridge else 0)
-    )
+    fixed = _fixed(model, data, dtype, width)
+    choosing = fixed + (2 + method.window) * states
     limit = budget.host_limit()
-    at_once = max(1, int((limit / MARGIN - resident_bytes() - FIXED - fixed) // max(states, 1)))
+    room = limit / MARGIN - resident_bytes() - FIXED
+    at_once = max(1, int((room - choosing) // max(states, 1)))
     at_once = min(at_once, method.candidates(model.num_blocks) or 1)
-    peak = int(MARGIN * (resident_bytes() + FIXED + fixed + at_once * states))
+    needed, in_memory = choosing + at_once * states, True
+    if method.bridge:  # refitted once the choice is made
+        in_memory = fixed + bridge_bytes(model, method, data, dtype, in_memory=True) <= room
+        needed = max(needed, fixed + bridge_bytes(model, method, data, dtype, in_memory=in_memory))
+    peak = int(MARGIN * (resident_bytes() + FIXED + needed))
     if peak > limit:
         raise ValueError(
             f"{model.source.label} needs about {format_size(peak)} of memory to try what can be taken out, the budget "
             f"allows {format_size(limit)}; raise budget.host, or set data.num_sequences to less"
         )
     once = 2.0 * model.num_parameters * min(method.num_sequences, data.num_sequences) * data.sequence_length
+    seconds = once * method.passes(model.num_blocks) / (0.4 * product_rate(dtype))
     plan = Plan(
         kind=name_of(method),
         steps=(),
@@ -65,11 +68,12 @@ def plan_depth(
         num_parameters=left.num_parameters,
         needs_data=True,
         dtype=dtype,
-        in_memory=True,
+        in_memory=in_memory,
         peak_bytes=peak,
         limit_bytes=limit,
         output_bytes=left.nbytes,
-        seconds=once * method.passes(model.num_blocks) / (0.4 * product_rate(dtype)),
+        seconds=seconds + (bridge_seconds(model, method, data, dtype) if method.bridge else 0.0),
+        scratch_bytes=COPIES * states_bytes(model, data, dtype) if method.bridge else 0,
         described=left.described,
         share_left=left.nbytes / model.nbytes,
     )
@@ -82,7 +86,7 @@ def _check(model: Model, method: DepthMethod) -> None:
     if model.config.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError("this model scales attention by each block's number, so none can be taken out; take neurons")
     if method.bridge:
-        check_bridge(model)
+        check_bridge(model, method)
 
 
 def candidates_at_once(plan: Plan, model: Model, method: DepthMethod, data: Data) -> int:

@@ -1,7 +1,7 @@
 """What a model would be without some of its blocks: many candidates side by side, in one pass over the checkpoint."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, inf, isfinite, pi, prod
@@ -21,6 +21,9 @@ _LOGITS_AT_ONCE = 1 << 24
 
 States = Float[Tensor, "sequences length hidden"]
 
+Measured = dict[tuple[Cuts, int], float]
+"""Losses by what is taken out, and on how many sequences."""
+
 
 @dataclass(frozen=True)
 class ModelProbe:
@@ -31,7 +34,7 @@ class ModelProbe:
         tokens: calibration.
         dtype: what blocks run in.
         at_once: candidates whose hidden states are in memory at a time.
-        known: losses by what is taken out, those that an earlier process measured included; grows.
+        known: losses, those that an earlier process measured included; grows.
         measured: told of every batch of losses as it becomes known.
     """
 
@@ -39,13 +42,18 @@ class ModelProbe:
     tokens: Int[Tensor, "sequences length"]
     dtype: torch.dtype
     at_once: int
-    known: dict[Cuts, float] = field(default_factory=dict)
-    measured: Callable[[Mapping[Cuts, float]], None] = field(default=lambda _: None)
+    known: Measured = field(default_factory=dict)
+    measured: Callable[[Measured], None] = field(default=lambda _: None)
 
     @property
     def num_blocks(self) -> int:
         """The model's."""
         return self.model.num_blocks
+
+    @property
+    def num_sequences(self) -> int:
+        """Calibration sequences."""
+        return len(self.tokens)
 
     def share(self, cut: Cut) -> float:
         """What a cut takes out, in blocks."""
@@ -63,21 +71,22 @@ class ModelProbe:
         """See Probe."""
         return [float(_cosines(x, y).clamp(-1, 1).arccos().mean()) / pi for x, y in self._spans(span)]
 
-    def losses(self, candidates: Sequence[Cuts]) -> list[float]:
+    def losses(self, candidates: Sequence[Cuts], num_sequences: int | None = None) -> list[float]:
         """See Probe; only every so many tokens are compared, 4096 at most. What is not finite counts as infinite.
 
         Raises:
             ValueError: the model's own predictions are not finite.
         """
         asked = [merged(cuts) for cuts in candidates]
-        new = [cuts for cuts in dict.fromkeys(asked) if cuts not in self.known]
+        count = min(num_sequences or self.num_sequences, self.num_sequences)
+        new = [cuts for cuts in dict.fromkeys(asked) if (cuts, count) not in self.known]
         for start in range(0, len(new), self.at_once):
             some = new[start : start + self.at_once]
-            losses = self._divergences(self._final_states(some))
-            found = {cuts: loss if isfinite(loss) else inf for cuts, loss in zip(some, losses, strict=True)}
+            losses = self._divergences(self._final_states(some, count))
+            found = {(cuts, count): loss if isfinite(loss) else inf for cuts, loss in zip(some, losses, strict=True)}
             self.known.update(found)
             self.measured(found)
-        return [self.known[cuts] for cuts in asked]
+        return [self.known[cuts, count] for cuts in asked]
 
     @cached_property
     def _runner(self) -> Runner:
@@ -86,18 +95,14 @@ class ModelProbe:
     @cached_property
     def _final(self) -> States:
         """What leaves the whole model's last block."""
-        (states,) = self._final_states([frozenset()])
+        (states,) = self._final_states([frozenset()], self.num_sequences)
         if not torch.isfinite(states.sum()):
             raise ValueError("the model's hidden states are not finite; the checkpoint or the text is damaged")
         return states
 
-    def _embedded(self) -> States:
+    def _embedded(self, num_sequences: int) -> States:
         table = self.model.weight(self.model.family.embed).unpack(self.dtype)
-        count, length = self.tokens.shape
-        states = torch.empty(count, length, table.shape[1], dtype=self.dtype)
-        for row in range(count):
-            states[row] = self._runner.embed(self.tokens[row : row + 1], table)[0]
-        return states
+        return self._runner.embed_all(self.tokens[:num_sequences], table)
 
     def _blocks(self) -> Iterator[tuple[int, LaidOut]]:
         """Every block, laid out, the next one being read ahead."""
@@ -110,15 +115,15 @@ class ModelProbe:
 
     def _spans(self, span: int) -> Iterator[tuple[States, States]]:
         """What enters and what leaves each run of `span` blocks of the whole model."""
-        window = deque([self._embedded()], maxlen=span + 1)
+        window = deque([self._embedded(self.num_sequences)], maxlen=span + 1)
         for block, laid in self._blocks():
             window.append(self._run(block, laid, window[-1]))
             if len(window) > span:
                 yield window[0], window[-1]
 
-    def _final_states(self, candidates: Sequence[Cuts]) -> list[States]:
+    def _final_states(self, candidates: Sequence[Cuts], num_sequences: int) -> list[States]:
         """What leaves the last block, for each candidate; what they have in common is computed once."""
-        trunk, common = self._embedded(), frozenset.intersection(*candidates)
+        trunk, common = self._embedded(num_sequences), frozenset.intersection(*candidates)
         apart: dict[int, States] = {}
         for block, laid in self._blocks():
             variants: dict[Part | None, LaidOut] = {None: laid}
@@ -164,10 +169,10 @@ class ModelProbe:
         return replace(laid, tensors=tensors, products=products)
 
     def _divergences(self, finals: Sequence[States]) -> list[float]:
-        """Mean KL(whole ‖ candidate), nats a token."""
+        """Mean KL(whole ‖ candidate), nats a token; candidates' states may be of the first sequences alone."""
         model = self.model
         head = model.weight(model.end_slots[-1].name).unpack(self.dtype)
-        count = self.tokens.numel()
+        count = finals[0].shape[:2].numel()
         picked = torch.arange(0, count, ceil(count / _MOST_COMPARED))
         step = max(1, _LOGITS_AT_ONCE // head.shape[0])
         totals = torch.zeros(len(finals), dtype=torch.float64)

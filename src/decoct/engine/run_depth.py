@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from decoct.engine.bridge import Bridging, bridges
 from decoct.engine.copy import copy_parts
+from decoct.engine.gaps import describe_cuts, describe_gaps, gaps_of
 from decoct.engine.journal import Journal
-from decoct.engine.probe import ModelProbe
+from decoct.engine.probe import Measured, ModelProbe
 from decoct.engine.shallow import ShallowModel, merged
 from decoct.engine.stream import Event, OnEvent
 from decoct.methods.depth import Cut, Cuts, DepthMethod
 from decoct.model import Model
-from decoct.store import open_safetensors, read_json, save_safetensors, write_json
-from decoct.weights import Dense, Weight
+from decoct.store import read_json, write_json
+from decoct.weights import Weight
 
 _CHOSEN = "cuts.json"  # in the stage's folder: what is taken out
 _LOSSES = "losses.jsonl"  # beside it: every loss that was measured on the way
-_BRIDGES = "bridges.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,12 @@ class DepthPass:
         tokens: calibration.
         dtype: what blocks run in.
         at_once: candidates to try at a time.
+        in_memory: whether the hidden states that bridges are fitted to stay in memory.
         folder: where shards go, and what is found on the way.
+        scratch: where hidden states go.
         journal: what is done already.
         on_event: told of every candidate's loss and of every part that is written.
+        message: told of every gap, in words.
     """
 
     method: DepthMethod
@@ -47,9 +50,12 @@ class DepthPass:
     tokens: Int[Tensor, "sequences length"]
     dtype: torch.dtype
     at_once: int
+    in_memory: bool
     folder: Path
+    scratch: Path
     journal: Journal
     on_event: OnEvent
+    message: Callable[[str], None]
 
 
 @torch.no_grad()
@@ -62,19 +68,16 @@ def run_depth(todo: DepthPass) -> ShallowModel:
     left = ShallowModel.of(todo.model, _chosen(todo))
     new: dict[str, Weight] = {}
     if todo.method.bridge:
-        path = todo.folder / _BRIDGES
-        if not path.exists():
-            found = bridges(Bridging(left, todo.tokens, todo.dtype))
-            save_safetensors(path, {name: weight.unpack() for name, weight in found.items()}, {})
-        saved = open_safetensors(path)
-        new = {name: Dense.of(saved.read(name)) for name in saved.tensors}
+        rank, places = todo.method.bridge_rank, (todo.folder, todo.scratch)
+        new = bridges(Bridging(left, todo.tokens, todo.dtype, rank, todo.in_memory, *places, todo.message))
     copy_parts(left, new, todo.folder, todo.journal, todo.on_event)
     return left
 
 
-def describe_cuts(cuts: Cuts) -> list[str]:
-    """For people and for the lineage: "block 3", "the attn of block 7"."""
-    return [str(cut) for cut in sorted(cuts)]
+def describe_depth(left: ShallowModel, method: DepthMethod) -> dict[str, Any]:
+    """What the lineage says of a stage: what is out, and what was done about it."""
+    taken = {"taken_out": describe_cuts(left.cuts)}
+    return {**taken, **describe_gaps(gaps_of(left))} if method.bridge else taken
 
 
 def _chosen(todo: DepthPass) -> Cuts:
@@ -96,11 +99,11 @@ class _Notes:
     def __init__(self, todo: DepthPass, started: float) -> None:
         self._todo, self._started, self._count = todo, started, 0
 
-    def __call__(self, found: Mapping[Cuts, float]) -> None:
+    def __call__(self, found: Measured) -> None:
         now = time.perf_counter()
         with (self._todo.folder / _LOSSES).open("a", encoding="utf-8") as handle:
-            for cuts, loss in found.items():
-                handle.write(json.dumps({"cuts": _as_json(cuts), "loss": loss}) + "\n")
+            for (cuts, sequences), loss in found.items():
+                handle.write(json.dumps({"cuts": _as_json(cuts), "sequences": sequences, "loss": loss}) + "\n")
         self._count += len(found)
         best = min(found.values())
         part = f"{self._count} candidates tried"
@@ -109,14 +112,14 @@ class _Notes:
         self._started = now
 
 
-def _known(path: Path) -> dict[Cuts, float]:
+def _known(path: Path) -> Measured:
     """Losses that an earlier process measured; a last line that was cut short does not count."""
-    found: dict[Cuts, float] = {}
+    found: Measured = {}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     for line in whole:
         entry = json.loads(line)
-        found[_from_json(entry["cuts"])] = float(entry["loss"])
+        found[_from_json(entry["cuts"]), int(entry["sequences"])] = float(entry["loss"])
     if len(whole) < len(lines):
         path.write_text("".join(whole), encoding="utf-8")
     return found

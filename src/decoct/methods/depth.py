@@ -47,10 +47,18 @@ class Probe(Protocol):
     def angles(self, span: int) -> list[float]:
         """E[arccos(cos(x, y))] / pi of every run of `span` blocks, x what enters it and y what leaves it."""
 
-    def losses(self, candidates: Sequence[Cuts]) -> list[float]:
+    @property
+    def num_sequences(self) -> int:
+        """Calibration sequences to choose by; no more than there are."""
+
+    def losses(self, candidates: Sequence[Cuts], num_sequences: int | None = None) -> list[float]:
         """Mean KL(whole model ‖ model without these), nats a token, of each candidate; all in one pass.
 
         Infinite where the candidate's predictions are not finite.
+
+        Args:
+            candidates: what is taken out.
+            num_sequences: compare on the first so many; None: on all.
         """
 
 
@@ -60,13 +68,13 @@ class DepthMethod(ModelMethod, ABC):
 
     Attributes:
         num_dropped: how many blocks to take out.
-        bridge: refit the MLP before each gap to also do what the missing blocks did, by least squares on the
-            calibration text (as in arXiv 2505.02819); no parameter is added.
+        bridge: refit the sublayer before each gap to also do what is missing, by least squares on the calibration text
+            (as in arXiv 2505.02819); a number: by a change of this rank. No parameter is added.
         num_sequences: how many calibration sequences to choose by; the bridge sees all of them.
     """
 
     num_dropped: int = 4
-    bridge: bool = False
+    bridge: bool | int = False
     num_sequences: int = 128
 
     def __post_init__(self) -> None:
@@ -74,6 +82,13 @@ class DepthMethod(ModelMethod, ABC):
             raise ValueError(f"num_dropped must be at least 1, not {self.num_dropped}")
         if self.num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, not {self.num_sequences}")
+        if not isinstance(self.bridge, bool) and self.bridge < 1:
+            raise ValueError(f"bridge must be true, false or a rank of at least 1, not {self.bridge}")
+
+    @property
+    def bridge_rank(self) -> int | None:
+        """Of what a bridge adds to a matrix; None: any."""
+        return None if isinstance(self.bridge, bool) else self.bridge
 
     @abstractmethod
     def choose(self, probe: Probe) -> Cuts:

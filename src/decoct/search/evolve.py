@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from decoct.methods.elimination import elimination_rounds
 from decoct.search.settings import Search
 
 Options = tuple[int, ...]
@@ -19,7 +20,6 @@ Fitness = Callable[[Sequence[Options], int], list[float]]
 _WORTH = 1e-3  # of the divergence: a generation that lowers it by less is idle
 _MOST_CHANGES = 3  # groups that a mutation raises
 _ATTEMPTS = 64  # mutations tried for one that is new
-_SURVIVORS = 4  # an elimination round keeps one in so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def evolve(
         keep: called after every generation.
     """
     now = begin
-    rounds = _rounds(search.offspring, num_sequences)
+    rounds = elimination_rounds(search.offspring, num_sequences)
     while not now.ended(search):
         rng = Random(f"{search.seed} {now.number}")  # noqa: S311 - chance, not secrets
         tried: list[Options] = []
@@ -134,17 +134,3 @@ def _new(
         if child != parent and child not in tried:
             return child
     return None
-
-
-def _rounds(offspring: int, num_sequences: int) -> list[tuple[int, int]]:
-    """How many survive each round, and on how many sequences it judges: fewer and fewer, on more and more."""
-    rounds = []
-    count, sequences = offspring, num_sequences
-    while count > 1:
-        count = max(1, count // _SURVIVORS)
-        rounds.append(count)
-    found = []
-    for count in reversed(rounds):
-        found.append((count, sequences))
-        sequences = max(1, sequences // 4)
-    return found[::-1] or [(1, num_sequences)]
