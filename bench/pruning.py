@@ -39,6 +39,11 @@ ROWS: Rows = {
     **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
     # 9 and 22 % of the parameters
     **{f"slicegpt, {keep} of the hidden size": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.8, 0.6)},
+    # 513 of 576 channels: 11 % of the parameters
+    **{
+        f"width 10 %, hidden channels, {m}": ("quick", width(m, 1.0, keep_hidden=0.9, multiple_of=1))
+        for m in ("minitron", "flap", "magnitude_width")
+    },
     "width 20 %, a third of the heads, ziplm": ("quick", width("ziplm", 0.8, keep_heads=0.67)),
     **{
         f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))

@@ -43,7 +43,8 @@ def by_formula(base: Path, name: str, tokens: Tensor) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base).double()
-    inner, outputs = model.model, {}
+    inner = model.model
+    outputs: dict[Any, Tensor] = {}
     norms = [norm for layer in inner.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
     readers = [
         matrices
@@ -265,7 +266,31 @@ def test_the_plan_says_what_rounding_leaves(tmp_path: Path) -> None:
         assert plan.result is not None
         assert plan.result.config["hidden_size"] == width
         said = (
-            "28 of 32 hidden channels are left, 87.5% and not 92.0%: their number is rounded down to a multiple of 4; "
-            "the architecture asks for that"
+            "28 of 32 hidden channels are left, 87.5 % and not 92.0 %: their number is rounded down to a multiple of "
+            "4; the architecture asks for that"
         )
         assert plan.stages[0].notes == ((said,) if name == "llama" else ())
+
+
+@torch.no_grad()
+def test_a_real_model_loads_anywhere_and_gains_by_the_refit(stories: Path, story_text: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import decoct
+
+    data = {"source": str(story_text), "num_sequences": 16, "sequence_length": 128}
+    divergences = []
+    for refit in (True, False):
+        given, out = stage(multiple_of=8, reconstruct=refit), tmp_path / str(refit)
+        decoct.compress(stories, {"stages": [given], "data": data}, out)
+        found = decoct.evaluate(out, text=story_text, against=stories, windows=4, length=128)
+        assert found.kl_mean is not None
+        divergences.append(found.kl_mean)
+    assert divergences[0] < divergences[1]
+    made = open_model(tmp_path / "True")
+    assert made.config["hidden_size"] == 48
+    assert made.config["head_dim"] == 8
+    assert made.tied
+    tokens = torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(5))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "True")(tokens).logits
+    torch.testing.assert_close(stock, decoct.load(tmp_path / "True")(tokens).logits, rtol=1e-3, atol=1e-3)

@@ -98,6 +98,8 @@ def _groups(left: Reshaped, method: ModelMethod) -> tuple[Group, ...]:
     for role, sizes in before.items():
         if sum(sizes) != sum(after[role]):
             found.append(Group(role, len(sizes) * model.num_blocks, sum(sizes) * model.num_blocks, (method,)))
+    ends = [slot for slot in model.end_slots if left.shape(slot.name) != model.shape(slot.name)]
+    found += [Group(slot.role, 1, prod(model.shape(slot.name)), (method,)) for slot in ends]
     return tuple(found)
 
 

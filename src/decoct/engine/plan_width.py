@@ -87,8 +87,8 @@ def _rounded_hidden(model: Model, left: NarrowModel, method: WidthMethod) -> tup
     why = "set multiple_of to less" if method.multiple_of > 1 else "the architecture asks for that"
     return (
         (
-            f"{width} of {full} hidden channels are left, {width / full:.1%} and not {method.keep_hidden:.1%}: their "
-            f"number is rounded down to a multiple of {step}; {why}"
+            f"{width} of {full} hidden channels are left, {100 * width / full:.1f} % and not "
+            f"{100 * method.keep_hidden:.1f} %: their number is rounded down to a multiple of {step}; {why}"
         ),
     )
 
