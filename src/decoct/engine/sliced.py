@@ -159,9 +159,10 @@ def _components(todo: Slicing) -> Float[Tensor, "n n"]:
         model.prefetch(block + 1)
         with record_inputs(runner.skeleton.blocks[block], paths) as read:
             for start in range(0, len(hidden), size):
-                hidden[start : start + size] = runner.run(block, laid, hidden[start : start + size])
-                for name in norms:
+                after = runner.run(block, laid, hidden[start : start + size])
+                for name in norms:  # before the states are written over: the first norm reads these very numbers
                     total += _second_moment(read[name])
+                hidden[start : start + size] = after
         todo.on_event(Event(f"block {block}, components", block + 1, model.num_blocks, None, 0.0, 0))
     for start in range(0, len(hidden), size):
         total += _second_moment(hidden[start : start + size])
