@@ -37,7 +37,6 @@ ROWS: Rows = {
     "depth 7, sleb, standard": ("standard", depth("sleb", 7)),
     "width 20 %, magnitude_width, standard": ("standard", width("magnitude_width", 0.8)),
     **{f"depth 4, {m}": ("quick", depth(m, 4)) for m in DEPTH if m != "sleb"},
-    "depth 4, sleb, quick": ("quick", depth("sleb", 4)),
     "depth 4, blockpruner, per parameter": ("quick", depth("blockpruner", 4, per_parameter=True)),
     **{f"depth {n}, {m}": ("quick", depth(m, n)) for n in (2, 7, 8) for m in ("shortgpt", "sleb")},
     "depth 8, sleb, bridge": ("quick", depth("sleb", 8, bridge=True)),
@@ -55,6 +54,11 @@ ROWS: Rows = {
     **{f"width 20 %, {m}, uneven": ("quick", width(m, 0.8, uneven=True)) for m in ("flap", "ziplm")},
     # 432 and 288 channels: multiples of 8 and of 9 heads. With 504 the model would be larger, since lm_head is untied.
     **{f"slicegpt, {keep} of the hidden size": ("quick", [{"slicegpt": {"keep": keep}}]) for keep in (0.75, 0.5)},
+    # 513 of 576 channels: 11 % of the parameters
+    **{
+        f"width 10 %, hidden channels, {m}": ("quick", width(m, 1.0, keep_hidden=0.9, multiple_of=1))
+        for m in ("minitron", "flap", "magnitude_width")
+    },
     "width 20 %, a third of the heads, ziplm": ("quick", width("ziplm", 0.8, keep_heads=0.67)),
     **{
         f"{m} {percent} %": ("quick", linear({m: {"sparsity": percent / 100}}))

@@ -36,6 +36,7 @@ _SHOWN = (
     "sparsity",
     "keep",
     "keep_heads",
+    "keep_hidden",
     "num_dropped",
     "bridge",
     "rank",

@@ -8,8 +8,10 @@ import torch
 
 from decoct.engine.compress import compress_job
 from decoct.engine.job import Watch
-from decoct.engine.sliced import _components
+from decoct.engine.journal import Journal
+from decoct.engine.sliced import Slicing, _components
 from decoct.engine.stages import plan_stages
+from decoct.methods.prune.slicegpt import SliceGPT
 from decoct.model import open_model
 from decoct.recipe import RecipeError, parse_recipe
 from tests.engine.running import GPTQ, Crash, crash_at, digests, make_base, make_job
@@ -77,6 +79,33 @@ def test_the_components_with_most_are_kept(tmp_path: Path) -> None:
         wanted = predictions(open_model(base), some_tokens()).double().log_softmax(-1)
         losses.append(float((wanted.exp() * (wanted - logp)).sum(-1).mean()))
     assert losses[0] < losses[1]
+
+
+@torch.no_grad()
+def test_components_are_those_of_what_the_norms_read(tmp_path: Path) -> None:
+    """In their basis the second moments are diagonal; states taken from transformers' own model."""
+    from transformers import AutoModelForCausalLM
+
+    base, tokens = make_base(tmp_path), some_tokens()
+    todo = Slicing(
+        SliceGPT(keep=0.75, multiple_of=4),
+        open_model(base),
+        tokens,
+        torch.float32,
+        tmp_path,
+        Journal(tmp_path / "journal", {}, tmp_path),
+        lambda _: None,
+    )
+    found = _components(todo)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    states: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith(("layernorm", "model.norm")):
+            module.register_forward_pre_hook(lambda _, given: states.append(given[0].flatten(0, 1).double()))
+    model(tokens)
+    scaled = torch.cat([x / x.square().mean(1, keepdim=True).sqrt() for x in states])
+    moments = found @ (scaled.T @ scaled) @ found.T
+    assert (moments - moments.diagonal().diag()).norm() < 1e-4 * moments.norm()
 
 
 def test_sizes_are_as_planned_and_quantization_may_follow(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from decoct.engine.allocate import Allocating, allocated, allocates
 from decoct.engine.budget import planning_as_at, resident_bytes
 from decoct.engine.cache import CachePass, run_cache, written_policy
 from decoct.engine.disk import DONE_FOLDER, RUN_FOLDER, result_folder, scratch_folder, stage_folder
+from decoct.engine.find_channels import Thinning, thinned
 from decoct.engine.find_guidance import Finding, find_guidance
 from decoct.engine.find_information import Informing, find_information
 from decoct.engine.find_masks import Masking, find_masks
@@ -45,8 +46,10 @@ from decoct.engine.stages import (
     OwnStage,
     RecipePlan,
     SliceStage,
+    Stage,
     StageRun,
     StructureStage,
+    WidthStage,
     completed,
     plan_stages,
     reshaped,
@@ -167,8 +170,20 @@ def _run_stage(
         run_cache(CachePass(stage.method, model, tokens, plan.dtype, staged, scratch, journal, note))
         _clear(scratch, staged)
         return entry, model
+    model, tokens = _thinned(plan, stage, model, tokens, staged, note)
     becomes = reshaped(model, stage)
     return entry, _run_blocks(plan, model, tokens, staged, scratch, journal, note, becomes)
+
+
+def _thinned(
+    plan: Plan, stage: Stage, model: Model, tokens: Tensor | None, staged: Path, note: OnEvent
+) -> tuple[Model, Tensor | None]:
+    """The model without the hidden channels that a stage takes out, and the tokens that the rest of the stage needs."""
+    if not isinstance(stage, WidthStage) or stage.method.keep_hidden == 1:
+        return model, tokens
+    assert tokens is not None
+    left = thinned(Thinning(model, stage.method, tokens, plan.dtype, staged, note))
+    return left, tokens if trunks(left, stage.method) else None
 
 
 def _run_blocks(

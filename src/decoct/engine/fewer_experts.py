@@ -81,14 +81,6 @@ class FewerExperts(Reshaped):
             raise TypeError(f"{name}: what is left of it shows only in the run")
         return self.base.weight(name)
 
-    @override
-    def tensor(self, name: str) -> Tensor:
-        return self.base.tensor(name)
-
-    @override
-    def prefetch(self, block: int) -> None:
-        self.base.prefetch(block)
-
     @cached_property
     @override
     def _stored(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ from decoct.engine.block import Block, Stats, Step
 from decoct.engine.record import Wanted
 from decoct.engine.reshaped import Reshaped
 from decoct.engine.shallow import check_whole
+from decoct.engine.thin import whole
 from decoct.methods import name_of
 from decoct.methods.width import Channels, Narrowed, WidthMethod
 from decoct.model import Model
@@ -63,7 +64,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """How many stay of each block's MLP neurons and key-value heads."""
+    """How many stay of each block's MLP neurons and key-value heads; 0: all of them."""
 
     neurons: int
     kv_heads: int
@@ -122,7 +123,7 @@ def widths_of(model: Model, method: WidthMethod) -> Widths:
     Raises:
         ValueError: more would have to go than the blocks have.
     """
-    mlp, kv_heads, freed = mlp_trunk(model), 0, 0
+    kv_heads, freed = 0, 0
     if method.keep_heads < 1:
         heads = head_trunk(model)
         kv_heads = max(1, round(heads.num_units * method.keep_heads))
@@ -130,14 +131,16 @@ def widths_of(model: Model, method: WidthMethod) -> Widths:
         if kv_heads == heads.num_units:
             raise ValueError(f"keep_heads={method.keep_heads} takes out none of {heads.num_units} key-value heads")
     if method.keep == 1:
-        return Widths(mlp.num_units, kv_heads)
-    wanted = model.num_parameters * (1 - method.keep) / model.num_blocks - freed
+        return Widths(0, kv_heads)
+    mlp, full = mlp_trunk(model), whole(model).num_parameters
+    wanted = (model.num_parameters - full * method.keep) / model.num_blocks - freed
     left = mlp.num_units - wanted / _unit_entries(model, mlp)
     neurons = int((left + _SLACK) // method.multiple_of) * method.multiple_of
     if neurons < method.multiple_of:
         raise ValueError(_too_few(model, method, mlp, freed))
     if left >= mlp.num_units:
-        raise ValueError(f"keep_heads={method.keep_heads} alone leaves less than keep={method.keep}; set keep: 1")
+        others = f"keep_heads={method.keep_heads}, keep_hidden={method.keep_hidden}"
+        raise ValueError(f"{others} alone leave less than keep={method.keep}; set keep: 1")
     return Widths(neurons, kv_heads)
 
 
@@ -173,8 +176,8 @@ class NarrowModel(Reshaped):
     def config(self) -> dict[str, Any]:
         before, heads = self.base.config, self.widths.kv_heads
         found = dict(before)
-        key = next((key for key in _NEURONS if before.get(key)), "n_inner")
-        found[key] = self.widths.neurons
+        if self.widths.neurons:
+            found[next((key for key in _NEURONS if before.get(key)), "n_inner")] = self.widths.neurons
         if heads:
             repeats = head_trunk(self.base).unit // self.family.head_size(before)
             found |= {
@@ -256,16 +259,18 @@ class NarrowModel(Reshaped):
         try:
             skeleton = Skeleton(self.config, self.family)
         except ValueError as error:
-            raise ValueError(f"{error}; choose another keep_heads") from None
+            raise ValueError(f"{error}; choose another keep_heads or keep_hidden") from None
         made = {name: tuple(each.shape) for name, each in skeleton.blocks[0].named_parameters()}
         prefix = self.prefix(0)
         for slot in self.block_slots:
+            if slot.param is not None:
+                continue  # fused tensors of experts are put together from several slots
             path = self.family.module_name(prefix + slot.name).removeprefix(prefix)
             shape = self.shape(prefix + slot.name)
             if made.get(path) != (tuple(reversed(shape)) if slot.transposed else shape):
                 raise ValueError(
                     f"a {self.family.name} config cannot say that {slot.role} is {shape[0]} x {shape[1]}; "
-                    "set keep_heads: 1, or choose a depth method"
+                    "set keep_heads and keep_hidden to 1, or choose a depth method"
                 )
         lacking = [f"{role}.bias" for role in self._biased() if f"{role}.bias" not in made]
         if lacking:
@@ -369,7 +374,7 @@ def _too_few(model: Model, method: WidthMethod, mlp: Trunk, freed: int) -> str:
     """Why no neurons would be left, and what to set instead."""
     unit = _unit_entries(model, mlp)
     gone = (freed + (mlp.num_units - method.multiple_of) * unit) * model.num_blocks
-    least = ceil(100 * (1 - gone / model.num_parameters)) / 100
+    least = ceil(100 * (model.num_parameters - gone) / whole(model).num_parameters) / 100
     return (
         f"keep={method.keep} leaves fewer than {method.multiple_of} of {mlp.num_units} neurons, and their number is a "
         f"multiple of {method.multiple_of}: set keep to {least:.2f} at least, or multiple_of to less"

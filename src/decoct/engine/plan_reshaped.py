@@ -10,6 +10,7 @@ from decoct.engine.data import Data, check_length, writing_bytes
 from decoct.engine.plan import FIXED, MARGIN, Group, Plan
 from decoct.engine.rehearse import compressible_shape
 from decoct.engine.reshaped import Reshaped
+from decoct.engine.thin import whole
 from decoct.methods import ModelMethod, name_of
 from decoct.model import Model
 
@@ -57,7 +58,7 @@ def plan_reshaped(
     Raises:
         ValueError: a calibration that is too long, or too little memory.
     """
-    model = left.base
+    model = whole(left.base)
     if data is not None:
         check_length(data, model)
     width = model.shape(model.family.embed)[1]
@@ -91,12 +92,14 @@ def plan_reshaped(
 
 def _groups(left: Reshaped, method: ModelMethod) -> tuple[Group, ...]:
     """What loses entries, by role."""
-    model = left.base
+    model = whole(left.base)
     before, after = _entries(model), _entries(left)
     found = []
     for role, sizes in before.items():
         if sum(sizes) != sum(after[role]):
             found.append(Group(role, len(sizes) * model.num_blocks, sum(sizes) * model.num_blocks, (method,)))
+    ends = [slot for slot in model.end_slots if left.shape(slot.name) != model.shape(slot.name)]
+    found += [Group(slot.role, 1, prod(model.shape(slot.name)), (method,)) for slot in ends]
     return tuple(found)
 
 

@@ -13,6 +13,7 @@ from decoct.engine.plan import Plan
 from decoct.engine.plan_guidance import GuidancePlan
 from decoct.engine.plan_reshaped import Costs, batch_bytes, computed_in, plan_reshaped
 from decoct.engine.runner import running_nbytes
+from decoct.engine.thin import ThinModel, hidden_step
 from decoct.engine.uneven import UnevenModel
 from decoct.losses.chunks import AT_ONCE
 from decoct.losses.compiled import BYTES
@@ -48,9 +49,11 @@ def plan_width(
     seconds = _seconds(model, method, data, dtype) if needs_data else 2 * model.nbytes / 1e9
     sweeps = method.by_gradient and not isinstance(method, ShearedLLaMA)
     scratch = _sweep(model).scratch_bytes(data, dtype, 0) if sweeps else 0
-    costs = Costs(_working(model, method, data, dtype), seconds, scratch)
+    working = max(_working(model, method, data, dtype), _finding(model, method, data, dtype))
+    costs = Costs(working, seconds + _looking(model, method, data, dtype), max(scratch, _grams(model, method)))
     plan = plan_reshaped(left, method, costs, data if needs_data else None, budget, dtype)
-    return replace(plan, notes=_rounded(plan.share_left or 1.0, method)), left
+    notes = (*_rounded_hidden(model, left, method), *_rounded(plan.share_left or 1.0, method))
+    return replace(plan, notes=notes), left
 
 
 def _rounded(left: float, method: WidthMethod) -> tuple[str, ...]:
@@ -66,12 +69,61 @@ def _rounded(left: float, method: WidthMethod) -> tuple[str, ...]:
 
 
 def narrowed(model: Model, method: WidthMethod) -> NarrowModel:
-    """What a method makes of a model, uneven or not.
+    """What a method makes of a model, uneven or not; of one that has lost its hidden channels already, the rest.
 
     Raises:
         ValueError: the model does not allow it.
     """
+    if method.keep_hidden < 1 and not isinstance(model, ThinModel):
+        model = ThinModel.of(model, method)
     return UnevenModel.of(model, method) if method.uneven else NarrowModel.of(model, method)
+
+
+def _rounded_hidden(model: Model, left: NarrowModel, method: WidthMethod) -> tuple[str, ...]:
+    """Says so where whole steps of hidden channels take out more than was asked."""
+    full, width = model.shape(model.family.embed)[1], left.shape(model.family.embed)[1]
+    if width == int(full * method.keep_hidden):
+        return ()
+    step = hidden_step(model, method)
+    why = "set multiple_of to less" if method.multiple_of > 1 else "the architecture asks for that"
+    return (
+        (
+            f"{width} of {full} hidden channels are left, {100 * width / full:.1f} % and not "
+            f"{100 * method.keep_hidden:.1f} %: their number is rounded down to a multiple of {step}; {why}"
+        ),
+    )
+
+
+def _finding(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) -> int:
+    """All hidden states, a block that runs, and what is solved for one norm; 0: no channels are looked for."""
+    if method.keep_hidden == 1:
+        return 0
+    table = prod(model.shape(model.family.embed))
+    full = model.shape(model.family.embed)[1]
+    states = data.num_tokens * full * dtype.itemsize
+    batch = batch_bytes(model, data, torch.float32) + running_nbytes(model, dtype) + 4 * full**2 * _SQUARES
+    return states + max(batch, 3 * 4 * table)
+
+
+def _grams(model: Model, method: WidthMethod) -> int:
+    """Bytes on disk of the second moments of what norms put out, where the matrices behind are refitted."""
+    if method.keep_hidden == 1 or not method.reconstruct:
+        return 0
+    return 4 * model.shape(model.family.embed)[1] ** 2 * _norms(model)
+
+
+def _looking(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) -> float:
+    """Seconds of the run that finds hidden channels: the text once, second moments, a factorization for each norm."""
+    if method.keep_hidden == 1:
+        return 0.0
+    full, grams = model.shape(model.family.embed)[1], 2.0 * data.num_tokens if method.reconstruct else 0.0
+    solving = (grams + 4.0 * full) * full**2 * _norms(model) / (0.4 * product_rate(torch.float32))
+    return solving + 2.0 * model.num_parameters * data.num_tokens / (0.4 * product_rate(dtype))
+
+
+def _norms(model: Model) -> int:
+    """How many read the residual stream."""
+    return model.num_blocks * len(set(model.family.stream(model.config).norms.values())) + 1
 
 
 def _working(model: Model, method: WidthMethod, data: Data, dtype: torch.dtype) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
+from torch import Tensor
 from typing_extensions import override
 
 from decoct.engine.block import Step
@@ -31,6 +32,14 @@ class Reshaped(Model, ABC):
     @override
     def nbytes_under(self, prefix: str) -> int:
         return nbytes_under(self, self.base, prefix)
+
+    @override
+    def tensor(self, name: str) -> Tensor:
+        return self.base.tensor(name)
+
+    @override
+    def prefetch(self, block: int) -> None:
+        self.base.prefetch(block)
 
     @property
     def wanted(self) -> Wanted:

@@ -27,6 +27,7 @@ from decoct.engine.rotate import Basis, RotatedModel, check_rotatable
 from decoct.engine.runner import Runner, running_nbytes
 from decoct.engine.shallow import check_whole
 from decoct.engine.stream import Event, OnEvent
+from decoct.engine.thin import plain_nbytes, stream_axes, thin_config
 from decoct.methods import Rotation
 from decoct.methods.prune.slicegpt import SliceGPT
 from decoct.model import Model
@@ -67,14 +68,12 @@ class SlicedModel(RotatedModel):
     @property
     @override
     def config(self) -> dict[str, Any]:
-        head = self.family.head_size(self.base.config)
-        return {**self.base.config, "hidden_size": self.width, "head_dim": head, "tie_word_embeddings": False}
+        return {**thin_config(self.base, self.width), "tie_word_embeddings": False}
 
     @property
     @override
     def nbytes(self) -> int:
-        names = (*self._slot_names, *self.others(None), *(n for b in range(self.num_blocks) for n in self.others(b)))
-        return sum(prod(self.shape(name)) for name in names) * self.dtype.itemsize
+        return plain_nbytes(self)
 
     @override
     def nbytes_under(self, prefix: str) -> int:
@@ -83,18 +82,8 @@ class SlicedModel(RotatedModel):
     @override
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.base.shape(self._source_name(name))
-        slot = self._slot_names.get(name)
-        if slot is None:
-            full = self.base.shape(self.family.embed)[1]
-            gains = (self.stream.final, *self.stream.norms.values())
-            narrow = name.endswith(gains) or self._writes_stream(name)
-            return tuple(self.width if narrow and size == full else size for size in shape)
-        out, cols = shape
-        if slot.writes == "resid" and slot.role != "embed":
-            out = self.width
-        if slot.role in ("embed", "lm_head") or slot.reads in self.stream.norms:
-            cols = self.width
-        return out, cols
+        axes = stream_axes(name, self._slot_names, self.stream)
+        return tuple(self.width if axis in axes else size for axis, size in enumerate(shape, start=-len(shape)))
 
     @override
     def weight(self, name: str) -> Weight:
@@ -115,12 +104,6 @@ class SlicedModel(RotatedModel):
     def online(self) -> tuple[str, ...]:
         """None: nothing is turned while the model runs."""
         return ()
-
-    def _writes_stream(self, name: str) -> bool:
-        """Whether a tensor is the bias of a matrix that writes the residual stream, or is added to it."""
-        matrix = name.removesuffix("bias") + "weight"
-        slot = self._slot_names.get(matrix)
-        return name in self.stream.added or (name.endswith(".bias") and slot is not None and slot.writes == "resid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +160,10 @@ def _components(todo: Slicing) -> Float[Tensor, "n n"]:
         model.prefetch(block + 1)
         with record_inputs(runner.skeleton.blocks[block], paths) as read:
             for start in range(0, len(hidden), size):
-                hidden[start : start + size] = runner.run(block, laid, hidden[start : start + size])
-                for name in norms:
+                after = runner.run(block, laid, hidden[start : start + size])
+                for name in norms:  # before the states are written over: the first norm reads these very numbers
                     total += _second_moment(read[name])
+                hidden[start : start + size] = after
         todo.on_event(Event(f"block {block}, components", block + 1, model.num_blocks, None, 0.0, 0))
     for start in range(0, len(hidden), size):
         total += _second_moment(hidden[start : start + size])

@@ -13,6 +13,11 @@ from decoct.methods.base import ModelMethod
 from decoct.ops.least_squares import refit_columns
 from decoct.stats import Gram, Moments
 
+_NO_CHANNELS = (
+    "keep_hidden: this method scores neurons and heads, not hidden channels; set it to 1, or take minitron, flap or "
+    "magnitude_width"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Channels:
@@ -65,6 +70,27 @@ class Narrowed:
     bias: Float[Tensor, " out"] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """The residual stream, as the whole model writes and reads it; norms in the order of computing, the final one last.
+
+    Attributes:
+        written: sum of squares of what makes each channel: its rows of all matrices that write the stream, and its
+            column of the embedding.
+        read: of each norm, the same of a channel's columns of the matrices that read it, the output projection among
+            them.
+        gains: of the norms.
+        mean_abs: mean over tokens of |what each norm puts out|.
+        variance: over tokens, of the same.
+    """
+
+    written: Float[Tensor, " channels"]
+    read: Float[Tensor, "norms channels"]
+    gains: Float[Tensor, "norms channels"]
+    mean_abs: Float[Tensor, "norms channels"]
+    variance: Float[Tensor, "norms channels"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WidthMethod(ModelMethod, ABC):
     """Takes as many MLP neurons, and attention heads, out of every block: the result is a plain, smaller checkpoint.
@@ -74,10 +100,12 @@ class WidthMethod(ModelMethod, ABC):
     Attributes:
         keep: fraction of the model's parameters that stays, embedding included; neurons go until that is reached.
         keep_heads: fraction of the key-value heads that stays, each with all its query heads.
+        keep_hidden: fraction of the residual stream's channels that stays, the same ones in every block.
         reconstruct: refit the matrix behind what is taken out by least squares on the calibration text.
         bias: let that matrix have a bias, if the architecture has room for one, to make up for what the missing
             channels were on average.
-        multiple_of: the number of neurons left is divisible by it, so that kernels and the usual group sizes fit.
+        multiple_of: the numbers of neurons and of hidden channels left are divisible by it, so that kernels and the
+            usual group sizes fit.
         uneven: let all blocks' neurons compete, so that each block keeps as many as its own deserve; decoct reads the
             result, other engines see zeros where neurons are missing. False: every block keeps as many, and the result
             is a plain checkpoint.
@@ -85,6 +113,7 @@ class WidthMethod(ModelMethod, ABC):
 
     keep: float = 0.8
     keep_heads: float = 1.0
+    keep_hidden: float = 1.0
     reconstruct: bool = True
     bias: bool = False
     multiple_of: int = 64
@@ -97,20 +126,23 @@ class WidthMethod(ModelMethod, ABC):
     """Whether `scores` reads `Channels.information`."""
 
     def __post_init__(self) -> None:
-        for name, share in (("keep", self.keep), ("keep_heads", self.keep_heads)):
+        shares = {"keep": self.keep, "keep_heads": self.keep_heads, "keep_hidden": self.keep_hidden}
+        for name, share in shares.items():
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, not {share}")
-        if self.keep == self.keep_heads == 1:
-            raise ValueError("keep and keep_heads are both 1: nothing would be taken out")
-        if self.uneven and (self.keep == 1 or self.keep_heads < 1):
-            raise ValueError("uneven is for neurons alone; set keep below 1 and keep_heads to 1")
+        if self.keep == self.keep_heads == self.keep_hidden == 1:
+            raise ValueError("keep, keep_heads and keep_hidden are all 1: nothing would be taken out")
+        if self.keep_hidden < 1 and type(self).hidden_scores is WidthMethod.hidden_scores:
+            raise ValueError(_NO_CHANNELS)
+        if self.uneven and (self.keep == 1 or min(self.keep_heads, self.keep_hidden) < 1):
+            raise ValueError("uneven is for neurons alone; set keep below 1, keep_heads and keep_hidden to 1")
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, not {self.multiple_of}")
 
     @property
     def needs_data(self) -> bool:
         """Whether it reads any calibration text."""
-        return bool(self.stats) or self.by_gradient
+        return bool(self.stats) or self.by_gradient or self.keep_hidden < 1
 
     @property
     def stats(self) -> frozenset[type[Any]]:
@@ -121,6 +153,15 @@ class WidthMethod(ModelMethod, ABC):
     @abstractmethod
     def scores(self, channels: Channels) -> Float[Tensor, " units"]:
         """How much each unit matters; the least go."""
+
+    def hidden_scores(self, residual: Residual) -> Float[Tensor, " channels"]:
+        """How much each channel of the residual stream matters.
+
+        Raises:
+            ValueError: the method does not say.
+        """
+        del residual
+        raise ValueError(_NO_CHANNELS)
 
     def narrow(self, channels: Channels, num_kept: int) -> Narrowed:
         """Choose, and refit.

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.methods.width import Channels, WidthMethod
+from decoct.methods.width import Channels, Residual, WidthMethod
 from decoct.stats import Moments
 
 
@@ -18,8 +18,10 @@ class FLAP(WidthMethod):
     Attributes:
         keep: see WidthMethod.
         keep_heads: see WidthMethod.
+        keep_hidden: see WidthMethod; not in the paper.
         reconstruct: see WidthMethod; off in the paper.
-        bias: see WidthMethod; the paper's compensation. False for architectures without a place for it.
+        bias: see WidthMethod; the paper's compensation, for neurons and heads alone. False for architectures without a
+            place for it.
         multiple_of: see WidthMethod.
     """
 
@@ -33,3 +35,8 @@ class FLAP(WidthMethod):
         """Var(x_j)·‖W_:j‖² of each channel."""
         variance = channels.stats[Moments].variance().float()
         return channels.by_unit(variance * channels.reader.square().sum(0))
+
+    @override
+    def hidden_scores(self, residual: Residual) -> Float[Tensor, " channels"]:
+        """Var(x_j)·‖W_:j‖² of what each norm puts out and all that reads it, added up over the norms."""
+        return (residual.variance * residual.read).sum(0)

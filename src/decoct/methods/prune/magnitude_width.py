@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.methods.width import Channels, WidthMethod
+from decoct.methods.width import Channels, Residual, WidthMethod
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +16,7 @@ class MagnitudeWidth(WidthMethod):
     Attributes:
         keep: see WidthMethod.
         keep_heads: see WidthMethod.
+        keep_hidden: see WidthMethod; below 1 it takes some text to find how large what is left of the stream is.
         reconstruct: see WidthMethod; off, so that no data is needed at all.
         bias: see WidthMethod.
         multiple_of: see WidthMethod.
@@ -29,3 +30,8 @@ class MagnitudeWidth(WidthMethod):
         pairs = zip(channels.writers, channels.repeats, strict=True)
         rows = sum(writer.square().sum(1) / repeats for writer, repeats in pairs)
         return channels.by_unit(channels.reader.square().sum(0) + rows)
+
+    @override
+    def hidden_scores(self, residual: Residual) -> Float[Tensor, " channels"]:
+        """Sum of squares of all that writes a channel, and of all that reads it, the norms' gains folded in."""
+        return residual.written + (residual.read * residual.gains.square()).sum(0)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from decoct.methods.width import Channels, WidthMethod
+from decoct.methods.width import Channels, Residual, WidthMethod
 from decoct.stats import Moments
 
 
@@ -21,3 +21,8 @@ class Minitron(WidthMethod):
     def scores(self, channels: Channels) -> Float[Tensor, " units"]:
         """Mean size of what a neuron, or all of a head's channels, put out."""
         return channels.by_unit(channels.stats[Moments].mean_abs.float())
+
+    @override
+    def hidden_scores(self, residual: Residual) -> Float[Tensor, " channels"]:
+        """Mean size of what the norms put out there, added up over all of them."""
+        return residual.mean_abs.sum(0)
