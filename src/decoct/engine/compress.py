@@ -156,13 +156,10 @@ def _run_stage(
         return {**entry, **stage.run(given)}, model
     if isinstance(stage, DepthStage):
         assert tokens is not None
-        at_once = candidates_at_once(plan, model, stage.method, job.data)
-        how = stage.method, model, tokens, plan.dtype, at_once, plan.in_memory
-        left = run_depth(DepthPass(*how, staged, scratch, journal, note, watch.message))
+        how = stage.method, model, tokens, plan.dtype, candidates_at_once(plan, model, stage.method, job.data)
+        left = run_depth(DepthPass(*how, plan.in_memory, staged, scratch, journal, note, watch.message))
         _clear(scratch, staged)
-        found = describe_depth(left, stage.method)
-        watch.message(f"taken out: {', '.join(found['taken_out'])}")
-        return {**entry, **found}, left
+        return {**entry, **describe_depth(left, stage.method)}, left
     if isinstance(stage, SliceStage):
         assert tokens is not None
         return entry, run_slicing(Slicing(stage.method, model, tokens, plan.dtype, staged, journal, note))

@@ -42,7 +42,7 @@ class DepthPass:
         scratch: where hidden states go.
         journal: what is done already.
         on_event: told of every candidate's loss and of every part that is written.
-        message: told of every gap, in words.
+        message: told of what goes and of every gap, in words.
     """
 
     method: DepthMethod
@@ -66,6 +66,7 @@ def run_depth(todo: DepthPass) -> ShallowModel:
         ValueError: hidden states that are not finite.
     """
     left = ShallowModel.of(todo.model, _chosen(todo))
+    todo.message(f"taken out: {', '.join(describe_cuts(left.cuts))}")
     new: dict[str, Weight] = {}
     if todo.method.bridge:
         rank, places = todo.method.bridge_rank, (todo.folder, todo.scratch)
