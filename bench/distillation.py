@@ -87,10 +87,15 @@ ROWS |= {
         )
     },
 }  # fmt: skip
-for rate in (3e-4, 3e-3):
-    ROWS[f"width -20 %, distilled, rate {rate:g}, {SPENT}"] = (
+for name, settings in {
+    "rate 0.0003": {"learning_rate": 3e-4},
+    "rate 0.003": {"learning_rate": 3e-3},
+    "batches of 1": {"batch_size": 1},
+    "batches of 1, rate 0.0005": {"batch_size": 1, "learning_rate": 5e-4},
+}.items():
+    ROWS[f"width -20 %, distilled, {name}, {SPENT}"] = (
         "quick",
-        [*DAMAGES["width -20 %"][0], *distill(train=EVERYTHING, learning_rate=rate)],
+        [*DAMAGES["width -20 %"][0], *distill(train=EVERYTHING, **settings)],
     )
 if SECOND is not None:
     damage = DAMAGES["wanda 60 %"][0]
